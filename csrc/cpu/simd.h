@@ -1,0 +1,304 @@
+// Vectors of one instruction set, in GCC / Clang vector extensions. The build gives ISA (the namespace) and
+// VB (bytes a vector). Kernels compute in float (float64 data: in double); bf16 and f16 are widened on load
+// and rounded to nearest even on store. No standard library templates here: a comdat copy compiled for a
+// newer instruction set could be linked for everyone.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../ops.h"
+
+#define PALM_INLINE inline __attribute__((always_inline))
+
+namespace palm::cpu::ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+typedef float vf __attribute__((vector_size(VB)));
+typedef double vd __attribute__((vector_size(VB)));
+typedef int32_t vi __attribute__((vector_size(VB)));
+typedef int64_t vl __attribute__((vector_size(VB)));
+typedef uint32_t vu __attribute__((vector_size(VB)));
+typedef uint16_t vh __attribute__((vector_size(VB / 2)));
+// Unaligned views for loads and stores; a memcpy of 32 bytes goes through the stack and is ten times slower.
+typedef float vf_mem __attribute__((vector_size(VB), aligned(4), may_alias));
+typedef double vd_mem __attribute__((vector_size(VB), aligned(8), may_alias));
+typedef uint16_t vh_mem __attribute__((vector_size(VB / 2), aligned(2), may_alias));
+
+// Element type E: compute type C = Of<E>::C, its vector V = Of<E>::V with W lanes.
+template <class E>
+struct Of {
+  using C = float;
+  using V = vf;
+};
+template <>
+struct Of<double> {
+  using C = double;
+  using V = vd;
+};
+template <class E>
+constexpr int W = VB / sizeof(typename Of<E>::C);
+
+// x - 0, not 0 + x: the compiler folds the first, the second costs an add (-0).
+PALM_INLINE vf set1(float x) { return x - vf{}; }
+PALM_INLINE vd set1(double x) { return x - vd{}; }
+
+// ---- half formats ----
+PALM_INLINE float f16_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
+    if (magnitude & 0x3ff) bits |= 0x400000;  // quiet, as vcvtph2ps does
+  } else if (magnitude >= 0x400) {
+    bits = (magnitude << 13) + (112u << 23);
+  } else {
+    float f = float(int32_t(magnitude)) * 5.9604644775390625e-8f;  // subnormal: units of 2^-24
+    memcpy(&bits, &f, 4);
+  }
+  bits |= sign;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+PALM_INLINE uint16_t float_to_f16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return uint16_t(sign | 0x7e00 | (bits >> 13 & 0x3ff));
+  if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to 65536 or beyond: inf
+  if (bits >= 0x38800000) {
+    const uint32_t rounded = bits - (112u << 23) + 0xfff + (bits >> 13 & 1);
+    return uint16_t(sign | rounded >> 13);
+  }
+  float f;
+  memcpy(&f, &bits, 4);
+  f += 0.5f;  // aligns the subnormal's last place with 0.5's and rounds to nearest even
+  memcpy(&bits, &f, 4);
+  return uint16_t(sign | (bits - 0x3f000000));
+}
+
+// ---- loads and stores ----
+PALM_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_mem*>(p); }
+PALM_INLINE vd load(const double* p) { return *reinterpret_cast<const vd_mem*>(p); }
+PALM_INLINE vf load(const bf16* p) {
+  const vh h = *reinterpret_cast<const vh_mem*>(p);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+PALM_INLINE vf load(const f16* p) {
+#if VB == 64
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf v;
+  for (int i = 0; i < VB / 4; ++i) v[i] = f16_to_float(p[i].bits);
+  return v;
+#endif
+}
+PALM_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_mem*>(p) = v; }
+PALM_INLINE void store(double* p, vd v) { *reinterpret_cast<vd_mem*>(p) = v; }
+PALM_INLINE void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__) && VB == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  const vu u = (vu)v;
+  const vu rounded = (u + (0x7fff + (u >> 16 & 1))) >> 16;
+  const vu kept = v != v ? u >> 16 | 0x40 : rounded;  // NaN must not round to infinity
+  *reinterpret_cast<vh_mem*>(p) = __builtin_convertvector(kept, vh);
+#endif
+}
+PALM_INLINE void store(f16* p, vf v) {
+#if VB == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, 0));
+#else
+  for (int i = 0; i < VB / 4; ++i) p[i].bits = float_to_f16(v[i]);
+#endif
+}
+// The first n lanes; the others read as 0 and are not written.
+template <class E>
+PALM_INLINE typename Of<E>::V load(const E* p, int64_t n) {
+  if (n >= W<E>) return load(p);
+  E tail[W<E>] = {};
+  for (int64_t i = 0; i < n; ++i) tail[i] = p[i];
+  return load(tail);
+}
+template <class E>
+PALM_INLINE void store(E* p, typename Of<E>::V v, int64_t n) {
+  if (n >= W<E>) return store(p, v);
+  E tail[W<E>];
+  store(tail, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = tail[i];
+}
+// One element, by the vector path's rounding.
+template <class E>
+PALM_INLINE typename Of<E>::C load1(const E* p) {
+  return load(p, 1)[0];
+}
+PALM_INLINE float load1(const float* p) { return *p; }
+PALM_INLINE double load1(const double* p) { return *p; }
+
+// ---- arithmetic. vmax(a, b) and vmin(a, b) give b where either is NaN (the instruction's rule) ----
+PALM_INLINE vf vmax(vf a, vf b) {
+#if VB == 64
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+PALM_INLINE vd vmax(vd a, vd b) {
+#if VB == 64
+  return (vd)_mm512_max_pd((__m512d)a, (__m512d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+PALM_INLINE vf vmin(vf a, vf b) {
+#if VB == 64
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+PALM_INLINE vd vmin(vd a, vd b) {
+#if VB == 64
+  return (vd)_mm512_min_pd((__m512d)a, (__m512d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+// Lane sums and maxima, halving: the same order for every call.
+template <class V>
+PALM_INLINE auto hsum(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  decltype(v[0] + v[0]) x[lanes];
+  memcpy(x, &v, sizeof v);
+#pragma GCC unroll 4
+  for (int half = lanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+template <class V>
+PALM_INLINE auto hmax(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  decltype(v[0] + v[0]) x[lanes];
+  memcpy(x, &v, sizeof v);
+  for (int i = 1; i < lanes; ++i) x[0] = x[0] > x[i] ? x[0] : x[i];
+  return x[0];
+}
+
+// e^x to about 1 ulp over the whole range: overflow gives inf, x <= -104 (double: -746) gives 0, NaN stays
+// NaN. n = round(x log2 e), r = x - n ln 2, e^r by its Taylor-like polynomial on |r| <= 0.35, times 2^n.
+PALM_INLINE vf vexp(vf x) {
+  x = vmin(set1(89.0f), vmax(set1(-104.0f), x));
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf t = x * set1(1.44269504088896341f) + magic;
+  const vf n = t - magic;
+#if defined(__FMA__) || defined(__aarch64__)
+  const vf r = x - n * set1(0.693147180559945309f);  // float(ln 2) is off by 1.9e-9 only
+#else
+  const vf r = (x - n * set1(0.693359375f)) - n * set1(-2.12194440e-4f);
+#endif
+  vf p = set1(1.3981999507e-3f);
+  p = p + r * set1(1.9875691500e-4f);
+  p = p * r + set1(8.3334519073e-3f);
+  p = p * r + set1(4.1665795894e-2f);
+  p = p * r + set1(1.6666665459e-1f);
+  p = p * r + set1(5.0000001201e-1f);
+  p = p * (r * r) + r + set1(1.0f);
+#if VB == 64
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const vi k = (vi)t - (vi)magic,
+           half = k >> 1;  // in two steps, because 2^k alone may not be a normal number
+  return p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
+#endif
+}
+PALM_INLINE vd vexp(vd x) {
+  x = vmin(set1(710.0), vmax(set1(-746.0), x));
+  const vd magic = set1(6755399441055744.0);  // 1.5 * 2^52
+  const vd t = x * set1(1.4426950408889634074) + magic;
+  const vd n = t - magic;
+  const vd r = (x - n * set1(6.93145751953125e-1)) - n * set1(1.42860682030941723212e-6);
+  vd p = set1(1.0 / 6227020800.0);
+  p = p * r + set1(1.0 / 479001600.0);
+  p = p * r + set1(1.0 / 39916800.0);
+  p = p * r + set1(1.0 / 3628800.0);
+  p = p * r + set1(1.0 / 362880.0);
+  p = p * r + set1(1.0 / 40320.0);
+  p = p * r + set1(1.0 / 5040.0);
+  p = p * r + set1(1.0 / 720.0);
+  p = p * r + set1(1.0 / 120.0);
+  p = p * r + set1(1.0 / 24.0);
+  p = p * r + set1(1.0 / 6.0);
+  p = p * r + set1(0.5);
+  p = p * (r * r) + r + set1(1.0);
+#if VB == 64
+  return (vd)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+#else
+  const vl k = (vl)t - (vl)magic, half = k >> 1;
+  return p * (vd)((half + 1023) << 52) * (vd)((k - half + 1023) << 52);
+#endif
+}
+// 1 / (1 + e^-x)
+template <class V>
+PALM_INLINE V vsigmoid(V x) {
+  const V one = set1(decltype(x[0] + x[0])(1));
+  return one / (one + vexp(-x));
+}
+
+// ---- rows ----
+// The element offset of row r.
+PALM_INLINE int64_t row_offset(const Rows& rows, const Matrix& m, int64_t r) {
+  if (rows.dims == 1) return r * m.stride[0];
+  int64_t offset = 0;
+  for (int d = rows.dims - 1; d >= 0; --d) {
+    offset += r % rows.size[d] * m.stride[d];
+    r /= rows.size[d];
+  }
+  return offset;
+}
+template <class E>
+PALM_INLINE E* row(const Rows& rows, const Matrix& m, int64_t r) {
+  return static_cast<E*>(m.data) + row_offset(rows, m, r);
+}
+
+// f(E{}) for the element type that dtype names.
+template <class F>
+PALM_INLINE void with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f32: return f(float{});
+    case Dtype::bf16: return f(bf16{});
+    case Dtype::f16: return f(f16{});
+    case Dtype::f64: return f(double{});
+  }
+}
+
+// Zeroed or raw scratch, 64-byte aligned, freed at the end of its scope.
+template <class T>
+struct Scratch {
+  T* data;
+  explicit Scratch(int64_t count)
+      : data(static_cast<T*>(aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
+    if (!data) abort();  // as the standard allocator would without exceptions
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { free(data); }
+  operator T*() const { return data; }
+};
+
+}  // namespace palm::cpu::ISA

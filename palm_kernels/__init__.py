@@ -1,0 +1,15 @@
+"""Kernels for PaLM-shaped models: multi-query attention, SwiGLU, soft weak masking, the parallel block."""
+
+import torch as _torch
+
+if tuple(int(x) for x in _torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
+    raise ImportError(
+        f"palm_kernels needs torch 2.11 or later, this is {_torch.__version__}: pip install -U 'torch>=2.11'"
+    )
+
+__version__ = "0.1.0"
+
+from .dispatch import backend, info
+from .ops.swiglu import swiglu, swiglu_packed
+
+__all__ = ["backend", "info", "swiglu", "swiglu_packed"]

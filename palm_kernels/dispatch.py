@@ -1,0 +1,208 @@
+"""Registration and selection: one functional op per schema, one backend per call, never a silent slow path.
+
+A backend is a namespace with out-variant functions named after the ops: `torch.ops.palm_kernels_cpu`, `torch.ops.palm_kernels_cuda`,
+the modules `palm_kernels._triton.<stem>`. `define` turns one into the functional op `palm_kernels::<name>`, which is what autograd
+functions, torch.compile and opcheck see; `public` routes a public function to `reference` when that is in force.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import pathlib
+import platform
+
+import torch
+from torch import Tensor
+
+KERNELS = {  # public op: (stem, backend function) pairs that serve it
+    "attention": (("attention", "attention_fwd"), ("attention", "attention_bwd")),
+    "attention_varlen": (("attention", "attention_varlen_fwd"), ("attention", "attention_varlen_bwd")),
+    "attention_decode": (("attention", "attention_decode"),),
+    "swiglu": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
+    "swiglu_packed": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
+}
+ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # device type: backends, first choice first
+NAMES = ("auto", "cpu", "triton", "cuda", "reference")
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+BUILD = "pip install --no-build-isolation -e ."
+
+_library = torch.library.Library("palm_kernels", "DEF")
+_load_errors: dict[str, str] = {}  # backend: why its library is not there
+_forced = "auto"
+
+
+def _load_library(backend: str) -> None:
+    path = pathlib.Path(__file__).parent / f"_{backend}.so"
+    if not path.exists():
+        _load_errors[backend] = f"{path.name} is not built: run `{BUILD}`"
+        return
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        _load_errors[backend] = f"{path.name} does not load: {str(error).splitlines()[0]}"
+
+
+def _check_name(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend: {name!r} is none of {', '.join(NAMES)}")
+    return name
+
+
+class backend(contextlib.ContextDecorator):
+    """`with pk.backend("reference"):` forces one backend; "auto" chooses by device. Also PALM_KERNELS_BACKEND.
+
+    Sets one plain module global, so autograd's threads and torch.compile see it. Backward uses the one in force when it runs.
+    """
+
+    def __init__(self, name: str):
+        self.name = _check_name(name)
+        self.before: list[str] = []
+
+    def __enter__(self):
+        global _forced
+        self.before.append(_forced)
+        _forced = self.name
+        return self
+
+    def __exit__(self, *_):
+        global _forced
+        _forced = self.before.pop()
+
+
+def _function(backend: str, stem: str, name: str):
+    """The backend's out-variant `name`, or None where it has none."""
+    if backend == "triton":
+        try:
+            module = importlib.import_module(f"palm_kernels._triton.{stem}")
+        except ModuleNotFoundError:
+            return None
+        return getattr(module, name, None)
+    if backend in _load_errors:
+        return None
+    packet = getattr(getattr(torch.ops, f"palm_kernels_{backend}"), name, None)
+    return packet and packet.default
+
+
+def dtypes(backend: str) -> tuple:
+    """What every op of a backend takes: the supports predicate (shape limits that all backends share are contract checks)."""
+    return (*HALF_AND_SINGLE, torch.float64) if backend == "cpu" else HALF_AND_SINGLE
+
+
+@functools.cache
+def _select(stem: str, name: str, device: str, dtype: torch.dtype, forced: str):
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    for choice in ORDER.get(device, ()) if forced == "auto" else (forced,):
+        served = choice in ORDER.get(device, ()) or (choice == "triton" and interpreting)
+        function = _function(choice, stem, name) if served else None
+        if function and dtype in dtypes(choice):
+            return function
+    asked = "" if forced == "auto" else f" by backend {forced!r}"
+    reasons = "; ".join(_load_errors.get(b, "") for b in ORDER.get(device, ()) if b in _load_errors)
+    raise NotImplementedError(
+        f"{name.removesuffix('_fwd').removesuffix('_bwd')}: not served{asked} for {dtype} on {device}"
+        + (f" ({reasons})" if reasons else "")
+        + f"; build the kernels with `{BUILD}`, or use `with palm_kernels.backend('reference'):`"
+    )
+
+
+def select(stem: str, name: str, device: torch.device, dtype: torch.dtype):
+    """The backend function that serves this call, or NotImplementedError with the way out."""
+    return _select(stem, name, device.type, dtype, _forced)
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x, copied only if its last dimension is strided; every other stride is the kernels' to honour."""
+    return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def define(stem: str, schema: str, allocate, *, kernel=None, spread=None, check=None, body=None):
+    """Register the functional op `palm_kernels::<schema>` and return it.
+
+    allocate(*args) gives the outputs, a Tensor or a tuple, by `new_empty` of computable shapes: it is also the fake. The backend's
+    out-variant `kernel` (default: the schema's name) is called with (*args, *outputs), or with spread(*args, *outputs); its first
+    floating tensor names the device and dtype. check(row, *args) raises for the bad row that a kernel reports (-1: none).
+    body(*args), where given, replaces all that (ops composed of others' raw ops and torch's GEMMs).
+    """
+    name = schema.split("(", 1)[0]
+    kernel = kernel or name
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args):
+        args = tuple(last_contiguous(a) if isinstance(a, Tensor) else a for a in args)
+        outs = allocate(*args)
+        out_args = outs if isinstance(outs, tuple) else (outs,)
+        passed = spread(*args, *out_args) if spread else (*args, *out_args)
+        first = next(a for a in passed if isinstance(a, Tensor) and a.is_floating_point())
+        bad = select(stem, kernel, first.device, first.dtype)(*passed)
+        if check is not None and bad is not None and bad >= 0:
+            check(bad, *args)
+        return outs
+
+    torch.library.register_fake(f"palm_kernels::{name}", allocate, lib=_library)
+    _library.impl(name, body or run, "CompositeExplicitAutograd")
+    return getattr(torch.ops.palm_kernels, name).default
+
+
+def public(function):
+    """A public op: under backend "reference" its namesake in reference.py runs instead, differentiated by autograd."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if _forced == "reference":
+            from . import reference
+
+            return getattr(reference, function.__name__)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through the autograd.Function; if not, the raw op is called (and costs half as much)."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True  # under a transform the Function raises torch's own error
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_double_backward(op: str) -> None:
+    """First line of every backward: its formulas are kernels, which autograd cannot differentiate again."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(f"{op}: double backward (create_graph=True) is not supported")
+
+
+def _served(backend: str, op: str) -> bool:
+    return all(_function(backend, stem, name) is not None for stem, name in KERNELS[op])
+
+
+def describe() -> str:
+    """The text of `info()`."""
+    from . import __version__
+
+    lines = [f"palm_kernels {__version__}, torch {torch.__version__}, {platform.machine()} {platform.system()}"]
+    if "cpu" in _load_errors:
+        lines.append(f"cpu: {_load_errors['cpu']}")
+    else:
+        ops = torch.ops.palm_kernels_cpu
+        lines.append(f"cpu: instruction set {ops.isa()} of {ops.isas()}, {torch.get_num_threads()} threads")
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    lines.append(f"cuda: {_load_errors.get('cuda', 'library loaded')}; {devices} devices visible")
+    lines.append(f"backend in force: {_forced}; order of choice on cuda: {', '.join(ORDER['cuda'])}\n")
+    lines.append(f"{'op':24}{'cpu':24}{'triton':20}cuda")
+    for op in KERNELS:
+        cells = [" ".join(_SHORT[d] for d in dtypes(b)) if _served(b, op) else "-" for b in ("cpu", "triton", "cuda")]
+        lines.append(f"{op:24}{cells[0]:24}{cells[1]:20}{cells[2]}")
+    return "\n".join(lines)
+
+
+def info() -> None:
+    """Print what is built, for which devices and instruction sets, and which backend serves which op in which dtypes."""
+    print(describe())
+
+
+for _backend in ("cpu", "cuda"):
+    _load_library(_backend)
+backend(os.environ.get("PALM_KERNELS_BACKEND", "auto")).__enter__()

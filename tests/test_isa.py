@@ -1,0 +1,31 @@
+"""Every CPU instruction set that this machine has runs the tests marked `isa`; the default one runs them in their own files."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import palm_kernels  # noqa: F401
+
+OTHERS = [i for i in torch.ops.palm_kernels_cpu.isas().split() if i != torch.ops.palm_kernels_cpu.isa()]
+
+
+def run(isa, *command):
+    env = {**os.environ, "PALM_KERNELS_CPU_ISA": isa}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", OTHERS)
+def test_variant(isa):
+    here = os.path.dirname(__file__)
+    done = run(isa, "-m", "pytest", here, "-m", "isa", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    named = run(isa, "-c", "import torch, palm_kernels; print(torch.ops.palm_kernels_cpu.isa())")
+    assert named.stdout.strip() == isa
+
+
+def test_unknown_name():
+    done = run("v9", "-c", "import torch, palm_kernels as pk; pk.swiglu(torch.ones(2), torch.ones(2))")
+    assert "PALM_KERNELS_CPU_ISA=v9 is none of this machine's: v2" in done.stderr
