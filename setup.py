@@ -69,7 +69,7 @@ def ninja_file(out):
     libs = "-Wl,--no-as-needed -ltorch_cpu -lc10"
     lines.append(f"build {out}/_cpu.so: link {' '.join(objects)}\n  libs = {libs}")
     if cuda := find_nvcc():
-        nvcc, home = cuda
+        _, home = cuda
         objects = [compile("cuda/bindings.cpp", "cuda_bindings", f"{include} -I{home}/include")]
         libs = f"-L{home}/lib64 -L{home}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -Wl,--as-needed "
         libs += "-lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"
