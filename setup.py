@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: see DESIGN in CONTRIBUTING.md
-STEMS = ("swiglu",)
+STEMS = ("attention", "attention_decode", "swiglu")
 X86 = {  # instruction set: vector bytes, flags
     "v2": (16, "-march=x86-64-v2"),
     "v3": (32, "-march=x86-64-v3"),
@@ -51,7 +51,7 @@ def ninja_file(out):
     isas = " ".join(f"X({isa})" for isa in ISAS)
     lines = [
         f"cflags = -O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
-        f"-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas {TARGET}",
+        f"-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized {TARGET}",
         f"rule cxx\n  command = {os.environ.get('CXX', 'g++')} $cflags $flags -MMD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n  description = $out",
         f"rule link\n  command = {os.environ.get('CXX', 'g++')} -shared $in -o $out -L{torch_dir}/lib $libs "

@@ -10,6 +10,16 @@ if tuple(int(x) for x in _torch.__version__.split("+")[0].split(".")[:2]) < (2, 
 __version__ = "0.1.0"
 
 from .dispatch import backend, info
+from .ops.attention import attention, attention_decode, attention_varlen, merge_attention
 from .ops.swiglu import swiglu, swiglu_packed
 
-__all__ = ["backend", "info", "swiglu", "swiglu_packed"]
+__all__ = [
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "backend",
+    "info",
+    "merge_attention",
+    "swiglu",
+    "swiglu_packed",
+]

@@ -132,6 +132,103 @@ static Rows rows_of(std::initializer_list<Operand> operands) {
   return rows;
 }
 
+// [batch, token, head, D]; a packed [token, head, D] has batch stride 0. lse: [batch, head, token] or [head, token].
+static Heads heads_of(const Tensor& t) {
+  const int64_t d = t.dim();
+  return {pointer(t), d == 4 ? t.stride(0) : 0, t.stride(d - 3), t.stride(d - 2)};
+}
+static Heads lse_of(const OptionalTensor& t) {
+  if (!t) return {};
+  const int64_t d = t->dim();
+  return {pointer(*t), d == 3 ? t->stride(0) : 0, t->stride(d - 1), t->stride(d - 2)};
+}
+static const int32_t* int32s(const OptionalTensor& t) { return static_cast<const int32_t*>(pointer(t)); }
+
+// ---- attention ----
+static Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_bias, bool causal,
+                           double scale, int64_t left, int64_t right, const Tensor& out, const OptionalTensor& lse) {
+  Attention p{};
+  const bool packed = q.dim() == 3;
+  p.dtype = dtype_of(q);
+  p.B = packed ? 0 : q.size(0);
+  p.T = packed ? 0 : q.size(1);
+  p.S = packed ? 0 : k.size(1);
+  p.H = q.size(-2);
+  p.K = k.size(-2);
+  p.D = q.size(-1);
+  p.causal = causal;
+  p.scale = scale;
+  p.left = left;
+  p.right = right;
+  p.q = heads_of(q);
+  p.k = heads_of(k);
+  p.v = heads_of(v);
+  p.out = heads_of(out);
+  p.lse = lse_of(lse);
+  STD_TORCH_CHECK(p.K > 0 && p.H % p.K == 0 && p.D <= 256, "palm_kernels_cpu: attention: bad heads or D");
+  STD_TORCH_CHECK(p.S < 1 << 24 && k.size(0) < 1 << 24, "palm_kernels_cpu: attention: over 2^24 keys");
+  if (key_bias) {
+    p.key_bias = pointer(*key_bias);
+    p.bias_batch = packed ? 0 : key_bias->stride(0);
+    p.bias_token = key_bias->stride(-1);
+  }
+  return p;
+}
+static void gradients(Attention& p, const Tensor& dout, const OptionalTensor& dlse, const Tensor& dq, const Tensor& dk,
+                      const Tensor& dv, const OptionalTensor& dbias) {
+  p.dout = heads_of(dout);
+  p.dlse = lse_of(dlse);
+  p.dq = heads_of(dq);
+  p.dk = heads_of(dk);
+  p.dv = heads_of(dv);
+  if (dbias) {
+    p.dbias = pointer(*dbias);
+    p.dbias_batch = dbias->dim() == 2 ? dbias->stride(0) : 0;
+    p.dbias_token = dbias->stride(-1);
+  }
+}
+static void pack(Attention& p, const Tensor& q, const Tensor& k, const Tensor& cu_q, const Tensor& cu_k) {
+  p.B = cu_q.size(0) - 1;
+  p.cu_q = int32s(cu_q);
+  p.cu_k = int32s(cu_k);
+  p.q_rows = q.size(0);
+  p.k_rows = k.size(0);
+}
+static void attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor key_bias, OptionalTensor prefix_lengths, bool causal,
+                          double scale, int64_t left, int64_t right, Tensor out, Tensor lse) {
+  Attention p = attention(q, k, v, key_bias, causal, scale, left, right, out, lse);
+  p.prefix_lengths = int32s(prefix_lengths);
+  kernels().attention_fwd(p);
+}
+static void attention_bwd(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                          OptionalTensor key_bias, OptionalTensor prefix_lengths, bool causal, double scale, int64_t left,
+                          int64_t right, Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias) {
+  Attention p = attention(q, k, v, key_bias, causal, scale, left, right, out, lse);
+  p.prefix_lengths = int32s(prefix_lengths);
+  gradients(p, dout, dlse, dq, dk, dv, dbias);
+  kernels().attention_bwd(p);
+}
+static int64_t attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, OptionalTensor key_bias, bool causal,
+                                    double scale, int64_t left, int64_t right, Tensor out, Tensor lse) {
+  Attention p = attention(q, k, v, key_bias, causal, scale, left, right, out, lse);
+  pack(p, q, k, cu_q, cu_k);
+  return kernels().attention_fwd(p);
+}
+static int64_t attention_varlen_bwd(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                    Tensor cu_q, Tensor cu_k, OptionalTensor key_bias, bool causal, double scale, int64_t left,
+                                    int64_t right, Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias) {
+  Attention p = attention(q, k, v, key_bias, causal, scale, left, right, out, lse);
+  pack(p, q, k, cu_q, cu_k);
+  gradients(p, dout, dlse, dq, dk, dv, dbias);
+  return kernels().attention_bwd(p);
+}
+static int64_t attention_decode(Tensor q, Tensor k, Tensor v, Tensor cache_lengths, OptionalTensor key_bias, double scale,
+                                int64_t left, int64_t right, Tensor out, Tensor lse) {
+  Attention p = attention(q, k, v, key_bias, true, scale, left, right, out, lse);
+  p.cache_lengths = int32s(cache_lengths);
+  return kernels().attention_decode(p);
+}
+
 // ---- swiglu ----
 static void swiglu_fwd(Tensor gate, Tensor up, Tensor out) {
   Swiglu p{};
@@ -153,6 +250,23 @@ static void swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor dgate, Tensor
 STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
+  m.def(
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? prefix_lengths, bool causal, float scale, int left, "
+      "int right, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_bias, "
+      "Tensor? prefix_lengths, bool causal, float scale, int left, int right, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+      "Tensor(d!)? dbias) -> ()");
+  m.def(
+      "attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? key_bias, bool causal, "
+      "float scale, int left, int right, Tensor(a!) out, Tensor(b!) lse) -> int");
+  m.def(
+      "attention_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, Tensor? key_bias, bool causal, float scale, int left, int right, Tensor(a!) dq, Tensor(b!) dk, "
+      "Tensor(c!) dv, Tensor(d!)? dbias) -> int");
+  m.def(
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? key_bias, float scale, int left, "
+      "int right, Tensor(a!) out, Tensor(b!) lse) -> int");
   m.def("swiglu_fwd(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
 }
@@ -163,6 +277,11 @@ STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&palm::cpu::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&palm::cpu::attention_bwd));
+  m.impl("attention_varlen_fwd", TORCH_BOX(&palm::cpu::attention_varlen_fwd));
+  m.impl("attention_varlen_bwd", TORCH_BOX(&palm::cpu::attention_varlen_bwd));
+  m.impl("attention_decode", TORCH_BOX(&palm::cpu::attention_decode));
   m.impl("swiglu_fwd", TORCH_BOX(&palm::cpu::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&palm::cpu::swiglu_bwd));
 }

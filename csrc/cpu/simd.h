@@ -200,10 +200,10 @@ PALM_INLINE auto hmax(V v) {
   return x[0];
 }
 
-// e^x to about 1 ulp over the whole range: overflow gives inf, x <= -104 (double: -746) gives 0, NaN stays
-// NaN. n = round(x log2 e), r = x - n ln 2, e^r by its Taylor-like polynomial on |r| <= 0.35, times 2^n.
-PALM_INLINE vf vexp(vf x) {
-  x = vmin(set1(89.0f), vmax(set1(-104.0f), x));
+// e^x to about 1 ulp for x <= 88 (double: 709): x <= -104 (-746) gives 0, NaN stays NaN.
+// n = round(x log2 e), r = x - n ln 2, e^r by its Taylor-like polynomial on |r| <= 0.35, times 2^n.
+PALM_INLINE vf vexp_low(vf x) {
+  x = vmax(set1(-104.0f), x);
   const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf t = x * set1(1.44269504088896341f) + magic;
   const vf n = t - magic;
@@ -227,8 +227,8 @@ PALM_INLINE vf vexp(vf x) {
   return p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
 #endif
 }
-PALM_INLINE vd vexp(vd x) {
-  x = vmin(set1(710.0), vmax(set1(-746.0), x));
+PALM_INLINE vd vexp_low(vd x) {
+  x = vmax(set1(-746.0), x);
   const vd magic = set1(6755399441055744.0);  // 1.5 * 2^52
   const vd t = x * set1(1.4426950408889634074) + magic;
   const vd n = t - magic;
@@ -253,6 +253,9 @@ PALM_INLINE vd vexp(vd x) {
   return p * (vd)((half + 1023) << 52) * (vd)((k - half + 1023) << 52);
 #endif
 }
+// e^x over the whole range: overflow gives inf.
+PALM_INLINE vf vexp(vf x) { return vexp_low(vmin(set1(89.0f), x)); }
+PALM_INLINE vd vexp(vd x) { return vexp_low(vmin(set1(710.0), x)); }
 // 1 / (1 + e^-x)
 template <class V>
 PALM_INLINE V vsigmoid(V x) {

@@ -1,0 +1,562 @@
+// Attention forward and backward (Dao 2022, algorithms 1 and 4, in the form that suits one K/V head under many query heads).
+//
+// All G = H / K query heads that share a key/value head stand as rows of one tall matrix (row r is token r / G, head r % G), so K
+// and V are packed once and read by all of them. Scores are held transposed, S^T[key][query]: lanes are queries, so maximum, sum,
+// mask and exp are vertical, and P^T is already the packed left operand of P V. Removed keys (bias -inf) are left out while
+// packing: they cost nothing and nothing of theirs is ever read. Gradients: see reference.py.
+#include "gemm.h"
+#include "parallel.h"
+
+namespace palm::cpu::ISA {
+
+PALM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+PALM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class E>
+PALM_INLINE E* at(const Heads& x, int64_t batch, int64_t token, int64_t head) {
+  return static_cast<E*>(x.data) + batch * x.batch + token * x.token + head * x.head;
+}
+
+// One batch entry, or one packed sequence.
+struct Sequence {
+  int64_t batch, q_row, k_row;  // of its first rows: a dense entry has rows 0, a packed one batch 0
+  int64_t T, S, prefix;
+  int64_t kept;         // keys that are not removed
+  int64_t room;         // S rounded up to the packing's block
+  int64_t keys, ranks;  // where its part of Keys::position, bias and of Keys::rank begins
+  int64_t tile;         // first row tile
+};
+
+struct Bounds {
+  int64_t lo, hi;
+};
+PALM_INLINE Bounds visible(const Attention& p, const Sequence& s, int64_t t) {
+  const int64_t o = t + s.S - s.T;
+  int64_t hi = s.S - 1;
+  if (p.right >= 0) hi = least(hi, o + p.right);
+  if (p.causal) hi = least(hi, most(o, s.prefix - 1));
+  return {p.left < 0 ? 0 : most(0, o - p.left), most(hi, -1)};
+}
+
+// The keys of all sequences that are not removed, in order, with what a tile asks of them.
+template <class C>
+struct Keys {
+  const Attention& p;
+  Scratch<Sequence> seq;
+  int64_t room, ranks, tiles;
+  Scratch<C> position, bias;  // of kept key n; positions beyond the last are larger than any bound
+  Scratch<int32_t> rank;      // rank[j]: kept keys before position j, j <= S
+
+  Keys(const Attention& p, int64_t tile_rows)
+      : p(p), seq(p.B + 1), position(lay_out(tile_rows)), bias(p.key_bias ? room : 0), rank(ranks) {
+    parallel_for(p.B, 1 + 16384 / most(1, p.S), [&](int64_t lo, int64_t hi) {
+      for (int64_t b = lo; b < hi; ++b) compact(seq[b]);
+    });
+  }
+
+  int64_t lay_out(int64_t tile_rows) {
+    room = ranks = tiles = 0;
+    for (int64_t b = 0; b < p.B; ++b) {
+      Sequence& s = seq[b];
+      s = {b, 0, 0, p.T, p.S, 0, 0, 0, room, ranks, tiles};
+      if (p.cu_q) s = {0, p.cu_q[b], p.cu_k[b], p.cu_q[b + 1] - p.cu_q[b], p.cu_k[b + 1] - p.cu_k[b], 0, 0, 0, room, ranks, tiles};
+      if (p.prefix_lengths) s.prefix = least(most(p.prefix_lengths[b], 0), s.S);
+      s.room = round_up(s.S, Tile<C>::NB);
+      room += s.room;
+      ranks += s.S + 1;
+      tiles += (s.T * (p.H / p.K) + tile_rows - 1) / tile_rows;
+    }
+    return room;
+  }
+
+  void compact(Sequence& s) {
+    const C* given = static_cast<const C*>(p.key_bias);
+    if (given) given += s.batch * p.bias_batch + s.k_row * p.bias_token;
+    for (int64_t j = 0; j < s.S; ++j) {
+      rank[s.ranks + j] = int32_t(s.kept);
+      const C value = given ? given[j * p.bias_token] : C(0);
+      if (value == C(-__builtin_inf())) continue;
+      position[s.keys + s.kept] = C(j);
+      if (given) bias[s.keys + s.kept] = value;
+      ++s.kept;
+    }
+    rank[s.ranks + s.S] = int32_t(s.kept);
+    for (int64_t n = s.kept; n < s.room; ++n) {
+      position[s.keys + n] = C(1e30);
+      if (given) bias[s.keys + n] = 0;
+    }
+  }
+
+  // The sequence that row tile `tile` belongs to.
+  int64_t sequence_of(int64_t tile) const {
+    int64_t lo = 0, hi = p.B;
+    while (hi - lo > 1) {
+      const int64_t middle = (lo + hi) / 2;
+      (seq[middle].tile <= tile ? lo : hi) = middle;
+    }
+    return lo;
+  }
+};
+
+// One operand of all kept keys, packed per sequence and key/value head: blocks [room / NB][D][NB] for scores_tile, or panels
+// [Dp / NP][room][NP] for the other kernels.
+template <class E, class C = typename Of<E>::C>
+struct Packed {
+  using T = Tile<C>;
+  const Keys<C>& keys;
+  int64_t width;
+  Scratch<C> data;
+
+  Packed(const Keys<C>& keys, int64_t width) : keys(keys), width(width), data(keys.room * keys.p.K * width + 64) {}
+  C* part(const Sequence& s, int64_t kh) const { return data + (s.keys * keys.p.K + kh * s.room) * width; }
+
+  const E* source(const Heads& x, const Sequence& s, int64_t kh, int64_t n) const {
+    return n < s.kept ? at<E>(x, s.batch, s.k_row + int64_t(keys.position[s.keys + n]), kh) : nullptr;
+  }
+  void blocks(const Heads& x, const Sequence& s, int64_t kh, int64_t n0, int64_t n1) const {
+    const int64_t D = keys.p.D;
+    C columns[256 * T::L];
+    for (int64_t n = n0; n < n1; n += T::L) {
+      const E* rows[T::L];
+      for (int i = 0; i < T::L; ++i) rows[i] = source(x, s, kh, n + i);
+      pack_columns(rows, D, C(1), columns, T::L);
+      constexpr int step = T::L < T::NB ? T::L : T::NB;
+      for (int64_t i = n; i < least(n + T::L, s.room); i += step) {
+        C* block = part(s, kh) + i / T::NB * D * T::NB + i % T::NB;
+        for (int64_t d = 0; d < D; ++d) memcpy(block + d * T::NB, columns + d * T::L + (i - n), step * sizeof(C));
+      }
+    }
+  }
+  void panels(const Heads& x, const Sequence& s, int64_t kh, int64_t n0, int64_t n1) const {
+    for (int64_t n = n0; n < least(n1, s.room); ++n)
+      pack_row(source(x, s, kh, n), keys.p.D, C(1), part(s, kh) + n * T::NP, s.room * T::NP);
+  }
+};
+
+// body(sequence, head, n0, n1) for `heads` heads of each sequence, its keys cut so that every thread has work.
+template <class C, class F>
+static void over_keys(const Keys<C>& keys, int64_t heads, F&& body) {
+  const int64_t pairs = keys.p.B * heads, cuts = pairs ? 1 + 15 / pairs : 0;
+  parallel_for(pairs * cuts, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) {
+      const Sequence& s = keys.seq[i / cuts / heads];
+      const int64_t part = round_up((s.room + cuts - 1) / cuts, 2 * Tile<C>::L), n0 = i % cuts * part;
+      if (n0 < s.room) body(s, i / cuts % heads, n0, least(n0 + part, s.room));
+    }
+  });
+}
+
+// ---- a tile of query rows ----
+
+// The bounds of up to `panels` panels of rows; rows beyond the sequence repeat the last one's (their results are dropped).
+template <class E, class C = typename Of<E>::C>
+struct RowTile {
+  using T = Tile<C>;
+  const Attention& p;
+  const Sequence& s;
+  int64_t kh, G, first, count;  // rows [first, first + count) of (sequence, kh)
+  C *lo, *hi;
+  int64_t n_begin, n_end;  // kept keys that some row sees, on packing blocks
+
+  RowTile(const Keys<C>& keys, int64_t tile, int64_t kh, int64_t tile_rows, C* lo, C* hi)
+      : p(keys.p), s(keys.seq[keys.sequence_of(tile)]), kh(kh), G(p.H / p.K), lo(lo), hi(hi) {
+    first = (tile - s.tile) * tile_rows;
+    count = least(tile_rows, s.T * G - first);
+    for (int64_t i = 0; i < tile_rows; ++i) {
+      const Bounds see = visible(p, s, (first + least(i, count - 1)) / G);
+      lo[i] = C(see.lo);
+      hi[i] = C(see.hi);
+    }
+    const int64_t from = keys.rank[s.ranks + least(int64_t(lo[0]), s.S)];
+    const int64_t to = keys.rank[s.ranks + int64_t(hi[count - 1]) + 1];
+    n_begin = from / T::NB * T::NB;
+    n_end = to > from ? round_up(to, T::NB) : n_begin;
+  }
+  // Whether some row of the panel does not see some key of [n0, n0 + nn).
+  bool masked(const C* position, int64_t n0, int64_t nn, int64_t panel) const {
+    return position[n0 + nn - 1] > hi[panel * T::MP] || position[n0] < lo[panel * T::MP + T::MP - 1];
+  }
+  template <class X>
+  X* row(const Heads& x, int64_t i) const {
+    const int64_t r = first + i;
+    return at<X>(x, s.batch, s.q_row + r / G, kh * G + r % G);
+  }
+  int64_t panels() const { return (count + T::MP - 1) / T::MP; }
+
+  // dst[panel][D][MP] = scale * rows, transposed; rows beyond count, and those that `dead` names, are zeros.
+  void columns(const Heads& x, C scale, const bool* dead, C* dst) const {
+    for (int64_t i = 0; i < panels() * T::MP; i += T::L) {
+      const E* rows[T::L];
+      for (int j = 0; j < T::L; ++j) rows[j] = i + j < count && !(dead && dead[i + j]) ? row<const E>(x, i + j) : nullptr;
+      pack_columns(rows, p.D, scale, dst + i / T::MP * T::MP * p.D + i % T::MP, T::MP);
+    }
+  }
+};
+
+// ---- forward ----
+
+constexpr int kForwardPanels = 2;  // 96 rows of queries (AVX-512): within 3 % for 1 to 2 panels and 192 to 512 keys
+constexpr int kForwardKeys = 192;
+
+// Online softmax of one panel of scores [count][MP]: exponentials in place, m and l updated, alpha = the factor of what was before.
+template <class C>
+static void softmax_panel(C* scores, int64_t count, bool masked, const C* position, const C* bias, const C* lo, const C* hi,
+                          C* m, C* l, C* alpha) {
+  using T = Tile<C>;
+  using V = typename T::V;
+  const V none = set1(C(-__builtin_inf()));
+  V top[3], old[3], sum[3] = {}, low[3], high[3];
+  for (int j = 0; j < 3; ++j) {
+    top[j] = old[j] = load(m + j * T::L);
+    low[j] = load(lo + j * T::L);
+    high[j] = load(hi + j * T::L);
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    const V at = set1(position[n]), add = bias ? set1(bias[n]) : V{};
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      V s = load(scores + n * T::MP + j * T::L);
+      if (bias) s += add;
+      if (masked) s = (low[j] <= at) & (at <= high[j]) ? s : none;
+      if (bias || masked) store(scores + n * T::MP + j * T::L, s);
+      top[j] = vmax(top[j], s);
+    }
+  }
+  V base[3];
+  for (int j = 0; j < 3; ++j) base[j] = top[j] == none ? V{} : top[j];  // nothing visible yet: exp(-inf - 0) = 0
+  for (int64_t n = 0; n < count; ++n) {
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      C* s = scores + n * T::MP + j * T::L;
+      const V e = vexp_low(load(s) - base[j]);
+      store(s, e);
+      sum[j] += e;
+    }
+  }
+  for (int j = 0; j < 3; ++j) {
+    const V factor = vexp_low(old[j] - base[j]);
+    store(alpha + j * T::L, factor);
+    store(l + j * T::L, load(l + j * T::L) * factor + sum[j]);
+    store(m + j * T::L, top[j]);
+  }
+}
+
+// A thread's buffers for one tile.
+template <class C>
+struct ForwardState {
+  static constexpr int M = kForwardPanels * Tile<C>::MP;
+  Scratch<C> queries, out, scores, m, l, alpha, lo, hi;
+  ForwardState(int64_t D, int64_t width)
+      : queries(M * D), out(M * width), scores(kForwardKeys * Tile<C>::MP), m(M), l(M), alpha(M), lo(M), hi(M) {}
+};
+
+template <class E, class C = typename Of<E>::C>
+static void forward_tile(const Keys<C>& keys, const Packed<E>& K, const Packed<E>& V, int64_t tile, int64_t kh,
+                         ForwardState<C>& w) {
+  using T = Tile<C>;
+  const Attention& p = keys.p;
+  const RowTile<E> rows(keys, tile, kh, w.M, w.lo, w.hi);
+  const Sequence& s = rows.s;
+  rows.columns(p.q, C(p.scale), nullptr, w.queries);
+  for (int i = 0; i < w.M; ++i) w.m[i] = C(-__builtin_inf()), w.l[i] = 0;
+  const C *position = keys.position + s.keys, *bias = p.key_bias ? keys.bias + s.keys : nullptr;
+  for (int64_t n0 = rows.n_begin; n0 < rows.n_end; n0 += kForwardKeys) {
+    const int64_t nn = least(kForwardKeys, rows.n_end - n0);
+    for (int64_t panel = 0; panel < rows.panels(); ++panel) {
+      const int64_t at = panel * T::MP;
+      for (int64_t n = 0; n < nn; n += T::NB) {
+        typename T::V c[T::NB][3];
+        scores_tile(K.part(s, kh) + (n0 + n) * p.D, w.queries + at * p.D, p.D, c);
+#pragma GCC unroll 8
+        for (int i = 0; i < T::NB; ++i)
+          for (int j = 0; j < 3; ++j) store(w.scores + (n + i) * T::MP + j * T::L, c[i][j]);
+      }
+      softmax_panel<C>(w.scores, nn, rows.masked(position, n0, nn, panel), position + n0, bias ? bias + n0 : nullptr,
+                       w.lo + at, w.hi + at, w.m + at, w.l + at, w.alpha + at);
+      for (int64_t d = 0; d < V.width; d += T::NP) {
+        const C* values = V.part(s, kh) + d * s.room + n0 * T::NP;
+        for (int i = 0; i < T::MP; i += T::R) {
+          C* out = w.out + (at + i) * V.width + d;
+          if (n0 == rows.n_begin)
+            accumulate_rows<C, true, false>(w.scores + i, values, nn, out, V.width, nullptr);
+          else
+            accumulate_rows<C, false, true>(w.scores + i, values, nn, out, V.width, w.alpha + at + i);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const bool none = w.l[i] == 0;  // no visible key: 0, whatever stands in the accumulator
+    const auto inverse = set1(none ? C(0) : 1 / w.l[i]);
+    E* out = rows.template row<E>(p.out, i);
+    for (int64_t d = 0; d < p.D; d += T::L)
+      store(out + d, none ? inverse : load(w.out + i * V.width + d) * inverse, p.D - d);
+    *rows.template row<C>(p.lse, i) = none ? C(-__builtin_inf()) : w.m[i] + C(__builtin_log(w.l[i]));
+  }
+}
+
+// The first sequence whose offsets do not ascend from 0 to the row counts, or -1.
+static int64_t bad_offsets(const Attention& p) {
+  if (!p.cu_q) return -1;
+  if (p.cu_q[0] != 0 || p.cu_k[0] != 0) return 0;
+  for (int64_t b = 0; b < p.B; ++b)
+    if (p.cu_q[b + 1] < p.cu_q[b] || p.cu_k[b + 1] < p.cu_k[b]) return b + 1;
+  return p.cu_q[p.B] == p.q_rows && p.cu_k[p.B] == p.k_rows ? -1 : p.B;
+}
+
+template <class E>
+static void forward(const Attention& p) {
+  using C = typename Of<E>::C;
+  using T = Tile<C>;
+  const Keys<C> keys(p, ForwardState<C>::M);
+  const Packed<E> K(keys, p.D), V(keys, round_up(p.D, T::NP));
+  over_keys(keys, p.K, [&](const Sequence& s, int64_t kh, int64_t n0, int64_t n1) {
+    K.blocks(p.k, s, kh, n0, n1);
+    V.panels(p.v, s, kh, n0, n1);
+  });
+  const int64_t tasks = keys.tiles * p.K;  // from the last tile down: with a causal mask the longest come first
+  parallel_tasks(
+      tasks, [&] { return ForwardState<C>(p.D, V.width); },
+      [&](ForwardState<C>& w, int64_t i) { forward_tile<E>(keys, K, V, (tasks - 1 - i) / p.K, i % p.K, w); });
+}
+
+int64_t attention_fwd(const Attention& p) {
+  const int64_t bad = bad_offsets(p);
+  if (bad < 0) with_dtype(p.dtype, [&](auto e) { forward<decltype(e)>(p); });
+  return bad;
+}
+
+// ---- backward ----
+
+constexpr int kBackwardKeys = 96;
+
+// Query rows are dealt to chunks, each with its own dK and dV, which are added in fixed order at the end. The number of chunks
+// comes from shapes alone, so the bits do not depend on the number of threads.
+static int64_t chunk_count(const Attention& p, int64_t tiles) {
+  const int64_t rows = p.cu_q ? p.q_rows * p.H : p.B * p.T * p.H;
+  const int64_t wanted = most(4, least(16, rows / 4096)), pairs = most(1, p.B * p.K);
+  return most(1, least((wanted + pairs - 1) / pairs, tiles));
+}
+
+template <class C>
+struct BackwardState {
+  int64_t M;
+  Scratch<C> queries, douts, query_panels, dout_panels, dq, probs, dscores, lse, delta, lo, hi;
+  Scratch<bool> dead;
+  BackwardState(int64_t M, int64_t D, int64_t width)
+      : M(M), queries(M * D), douts(M * D), query_panels(M * width), dout_panels(M * width), dq(M * width),
+        probs(M * kBackwardKeys), dscores(M * kBackwardKeys), lse(M), delta(M), lo(M), hi(M), dead(M) {}
+};
+
+// What the backward tiles read and write beside their own rows.
+template <class E, class C = typename Of<E>::C>
+struct Backward {
+  const Keys<C>& keys;
+  const Packed<E>&K, &V, &key_panels;
+  int64_t width;
+};
+
+// P = exp(S - lse) of one panel into probs [count][MP]; what is masked gives 0.
+template <class C>
+static void probabilities(C* scores, int64_t count, bool masked, const C* position, const C* bias, const C* lo, const C* hi,
+                          const C* lse) {
+  using T = Tile<C>;
+  using V = typename T::V;
+  const V none = set1(C(-__builtin_inf()));
+  V base[3], low[3], high[3];
+  for (int j = 0; j < 3; ++j) {
+    base[j] = load(lse + j * T::L);
+    low[j] = load(lo + j * T::L);
+    high[j] = load(hi + j * T::L);
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    const V at = set1(position[n]), add = bias ? set1(bias[n]) : V{};
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      C* cell = scores + n * T::MP + j * T::L;
+      V s = load(cell);
+      if (bias) s += add;
+      if (masked) s = (low[j] <= at) & (at <= high[j]) ? s : none;
+      store(cell, vexp_low(s - base[j]));
+    }
+  }
+}
+
+// Loads a tile's rows: q and dout in both packings, lse and delta = rowsum(dout out) - dlse. Rows that see nothing count as zeros.
+template <class E, class C = typename Of<E>::C>
+static void load_rows(const RowTile<E>& rows, BackwardState<C>& w) {
+  using T = Tile<C>;
+  const Attention& p = rows.p;
+  for (int64_t i = 0; i < rows.panels() * T::MP; ++i) {
+    w.lse[i] = i < rows.count ? *rows.template row<const C>(p.lse, i) : C(-__builtin_inf());
+    w.dead[i] = w.lse[i] == C(-__builtin_inf());
+    w.delta[i] = 0;
+    const E *q = nullptr, *dout = nullptr;
+    if (w.dead[i]) {
+      w.lse[i] = C(__builtin_inf());  // exp(s - inf) = 0
+    } else {
+      q = rows.template row<const E>(p.q, i);
+      dout = rows.template row<const E>(p.dout, i);
+      const E* out = rows.template row<const E>(p.out, i);
+      typename T::V sum{};
+      for (int64_t d = 0; d < p.D; d += T::L) sum += load(out + d, p.D - d) * load(dout + d, p.D - d);
+      w.delta[i] = hsum(sum) - (p.dlse.data ? *rows.template row<const C>(p.dlse, i) : C(0));
+    }
+    pack_row(q, p.D, C(p.scale), w.query_panels + i * T::NP, w.M * T::NP);
+    pack_row(dout, p.D, C(1), w.dout_panels + i * T::NP, w.M * T::NP);
+  }
+  rows.columns(p.q, C(p.scale), w.dead, w.queries);
+  rows.columns(p.dout, C(1), w.dead, w.douts);
+}
+
+// out[n][width] += A[n][rows] B[rows][width] over count keys, A being [panel][kBackwardKeys][MP].
+template <class C>
+static void add_keys(const C* a, int64_t count, int panels, const C* b, int64_t M, C* out, int64_t width) {
+  using T = Tile<C>;
+  constexpr int64_t panel = int64_t(T::MP) * kBackwardKeys;
+  for (int64_t d = 0; d < width; d += T::NP) {
+    const C* right = b + d * M;
+    int64_t n = 0;
+    for (; n + T::R <= count; n += T::R) accumulate_keys<T::R, C>(a + n * T::MP, panel, panels, right, out + n * width + d, width);
+    for (; n + T::R * 2 / 3 <= count; n += T::R * 2 / 3)
+      accumulate_keys<T::R * 2 / 3, C>(a + n * T::MP, panel, panels, right, out + n * width + d, width);
+    for (; n < count; n += T::R / 3)
+      accumulate_keys<T::R / 3, C>(a + n * T::MP, panel, panels, right, out + n * width + d, width);
+  }
+}
+
+// One block of keys [n0, n0 + nn) against one tile of rows: dQ of the tile, dK, dV and dbias of the chunk.
+template <class E, class C = typename Of<E>::C>
+static void backward_block(const Backward<E>& x, const RowTile<E>& rows, int64_t n0, int64_t nn, BackwardState<C>& w, C* dk, C* dv,
+                           C* dbias) {
+  using T = Tile<C>;
+  const Attention& p = x.keys.p;
+  const Sequence& s = rows.s;
+  const C *position = x.keys.position + s.keys + n0, *bias = p.key_bias ? x.keys.bias + s.keys + n0 : nullptr;
+  const int panels = int(rows.panels());
+  for (int panel = 0; panel < panels; ++panel) {
+    const int64_t at = panel * T::MP;
+    C *probs = w.probs + at * kBackwardKeys, *dscores = w.dscores + at * kBackwardKeys;
+    typename T::V c[T::NB][3];
+    for (int64_t n = 0; n < nn; n += T::NB) {
+      scores_tile(x.K.part(s, rows.kh) + (n0 + n) * p.D, w.queries + at * p.D, p.D, c);
+#pragma GCC unroll 8
+      for (int i = 0; i < T::NB; ++i)
+        for (int j = 0; j < 3; ++j) store(probs + (n + i) * T::MP + j * T::L, c[i][j]);
+    }
+    probabilities<C>(probs, nn, rows.masked(x.keys.position + s.keys, n0, nn, panel), position, bias, w.lo + at, w.hi + at,
+                     w.lse + at);
+    for (int64_t n = 0; n < nn; n += T::NB) {
+      scores_tile(x.V.part(s, rows.kh) + (n0 + n) * p.D, w.douts + at * p.D, p.D, c);
+#pragma GCC unroll 8
+      for (int i = 0; i < T::NB; ++i)
+        for (int j = 0; j < 3; ++j) {
+          const int64_t cell = (n + i) * T::MP + j * T::L;
+          store(dscores + cell, load(probs + cell) * (c[i][j] - load(w.delta + at + j * T::L)));
+        }
+    }
+    for (int64_t d = 0; d < x.width; d += T::NP) {
+      const C* right = x.key_panels.part(s, rows.kh) + d * s.room + n0 * T::NP;
+      for (int i = 0; i < T::MP; i += T::R) {
+        C* dq = w.dq + (at + i) * x.width + d;
+        if (n0 == rows.n_begin)
+          accumulate_rows<C, true, false>(dscores + i, right, nn, dq, x.width, nullptr);
+        else
+          accumulate_rows<C, false, false>(dscores + i, right, nn, dq, x.width, nullptr);
+      }
+    }
+  }
+  add_keys<C>(w.probs, nn, panels, w.dout_panels, w.M, dv + n0 * x.width, x.width);
+  add_keys<C>(w.dscores, nn, panels, w.query_panels, w.M, dk + n0 * x.width, x.width);
+  for (int64_t n = 0; dbias && n < nn; ++n) {
+    typename T::V sum{};
+    for (int panel = 0; panel < panels; ++panel)
+      for (int j = 0; j < 3; ++j) sum += load(w.dscores + (panel * kBackwardKeys + n) * T::MP + j * T::L);
+    dbias[n0 + n] += hsum(sum);
+  }
+}
+
+template <class E, class C = typename Of<E>::C>
+static void backward_tile(const Backward<E>& x, int64_t tile, int64_t kh, BackwardState<C>& w, C* dk, C* dv, C* dbias) {
+  using T = Tile<C>;
+  const Attention& p = x.keys.p;
+  const RowTile<E> rows(x.keys, tile, kh, w.M, w.lo, w.hi);
+  const bool any = rows.n_end > rows.n_begin;
+  if (any) load_rows<E>(rows, w);
+  for (int64_t n0 = rows.n_begin; n0 < rows.n_end; n0 += kBackwardKeys)
+    backward_block<E>(x, rows, n0, least(kBackwardKeys, rows.n_end - n0), w, dk, dv, dbias);
+  const auto scale = set1(C(p.scale));
+  for (int64_t i = 0; i < rows.count; ++i) {
+    E* dq = rows.template row<E>(p.dq, i);
+    for (int64_t d = 0; d < p.D; d += T::L)
+      store(dq + d, any && !w.dead[i] ? load(w.dq + i * x.width + d) * scale : scale * C(0), p.D - d);
+  }
+}
+
+// Adds the chunks of one key: dk, dv, dbias in their own dtype; a removed key's are 0.
+template <class E, class C = typename Of<E>::C>
+static void reduce_key(const Keys<C>& keys, const Sequence& s, int64_t j, const C* sums, int64_t chunks, int64_t width) {
+  using T = Tile<C>;
+  const Attention& p = keys.p;
+  const int64_t n = keys.rank[s.ranks + j];
+  const bool kept = keys.rank[s.ranks + j + 1] > n;
+  const int64_t pair = chunks * s.room * (2 * width + 1);  // per key/value head: chunks of [dk | dv | dbias]
+  C total = 0;
+  for (int64_t kh = 0; kh < p.K; ++kh) {
+    const C* first = sums + s.keys * p.K * chunks * (2 * width + 1) + kh * pair;
+    for (int64_t d = 0; d < p.D; d += T::L) {
+      typename T::V dk{}, dv{};
+      for (int64_t c = 0; kept && c < chunks; ++c) {
+        const C* chunk = first + c * s.room * (2 * width + 1);
+        dk += load(chunk + n * width + d);
+        dv += load(chunk + (s.room + n) * width + d);
+      }
+      store(at<E>(p.dk, s.batch, s.k_row + j, kh) + d, dk, p.D - d);
+      store(at<E>(p.dv, s.batch, s.k_row + j, kh) + d, dv, p.D - d);
+    }
+    for (int64_t c = 0; p.dbias && kept && c < chunks; ++c) total += first[c * s.room * (2 * width + 1) + 2 * s.room * width + n];
+  }
+  if (p.dbias) static_cast<C*>(p.dbias)[s.batch * p.dbias_batch + (s.k_row + j) * p.dbias_token] = total;
+}
+
+template <class E>
+static void backward(const Attention& p) {
+  using C = typename Of<E>::C;
+  using T = Tile<C>;
+  const int64_t width = round_up(p.D, T::NP), M = (p.D <= 64 ? 2 : 4) * T::MP;
+  const Keys<C> keys(p, M);
+  const Packed<E> K(keys, p.D), V(keys, p.D), key_panels(keys, width);
+  over_keys(keys, p.K, [&](const Sequence& s, int64_t kh, int64_t n0, int64_t n1) {
+    K.blocks(p.k, s, kh, n0, n1);
+    V.blocks(p.v, s, kh, n0, n1);
+    key_panels.panels(p.k, s, kh, n0, n1);
+  });
+  const int64_t chunks = chunk_count(p, keys.tiles), cell = 2 * width + 1;
+  Scratch<C> sums(keys.room * p.K * chunks * cell + 64);
+  const Backward<E> x{keys, K, V, key_panels, width};
+  parallel_tasks(
+      p.B * p.K * chunks, [&] { return BackwardState<C>(M, p.D, width); },
+      [&](BackwardState<C>& w, int64_t i) {
+        const int64_t b = i / chunks / p.K, kh = i / chunks % p.K, c = i % chunks;
+        const Sequence& s = keys.seq[b];
+        C* dk = sums + (s.keys * p.K + kh * s.room) * chunks * cell + c * s.room * cell;
+        memset(dk, 0, s.room * cell * sizeof(C));
+        const int64_t tiles = (b + 1 < p.B ? keys.seq[b + 1].tile : keys.tiles) - s.tile;
+        for (int64_t j = 0; j * chunks < tiles; ++j) {  // to and fro, so that a causal mask loads the chunks alike
+          const int64_t tile = j * chunks + (j & 1 ? chunks - 1 - c : c);
+          if (tile < tiles)
+            backward_tile<E>(x, s.tile + tile, kh, w, dk, dk + s.room * width, p.dbias ? dk + 2 * s.room * width : nullptr);
+        }
+      });
+  over_keys(keys, 1, [&](const Sequence& s, int64_t, int64_t n0, int64_t n1) {
+    for (int64_t j = n0; j < least(n1, s.S); ++j) reduce_key<E>(keys, s, j, sums.data, chunks, width);
+  });
+}
+
+int64_t attention_bwd(const Attention& p) {
+  const int64_t bad = bad_offsets(p);
+  if (bad < 0) with_dtype(p.dtype, [&](auto e) { backward<decltype(e)>(p); });
+  return bad;
+}
+
+}  // namespace palm::cpu::ISA
