@@ -136,7 +136,9 @@ def normalise_window(op: str, window, causal: bool) -> tuple[int, int]:
         if not causal:
             raise ValueError(f"{op}: an int window needs causal=True; without it give window=({window}, {window})")
         return window - 1, -1
-    if not (isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(w, int) and w >= -1 for w in window)):
+    if not (
+        isinstance(window, tuple | list) and len(window) == 2 and all(isinstance(w, int) and w >= -1 for w in window)
+    ):
         raise ValueError(f"{op}: window is {window!r}, need an int >= 1 or (left, right) of ints >= -1")
     return window[0], window[1]
 
@@ -156,7 +158,8 @@ def normalise_bias(op: str, key_bias: Tensor | None, q: Tensor, shape: tuple, me
     if key_bias is None:
         return None
     check_device(op, q=q, key_bias=key_bias)
-    if key_bias.dim() != len(shape) or any(n != m and (n != 1 or d) for d, (n, m) in enumerate(zip(key_bias.shape, shape))):
+    wanted = [shape, (1, *shape[1:])] if len(shape) == 2 else [shape]
+    if tuple(key_bias.shape) not in wanted:
         raise ValueError(f"{op}: key_bias has shape {list(key_bias.shape)}, need {meaning} = {list(shape)}")
     if key_bias.dtype == torch.bool:
         zeros = torch.zeros(key_bias.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -164,7 +167,9 @@ def normalise_bias(op: str, key_bias: Tensor | None, q: Tensor, shape: tuple, me
     return companion(op, "key_bias", key_bias, q).expand(shape)
 
 
-def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str, lead: str) -> tuple[Tensor, Tensor]:
+def _check_heads(
+    op: str, q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str, lead: str
+) -> tuple[Tensor, Tensor]:
     """Checks q against k and v; returns k and v with their head dimension."""
     check_floats(op, **{"q": q, k_name: k, v_name: v})
     rank = len(lead.split(",")) + 1
