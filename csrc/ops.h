@@ -50,6 +50,37 @@ struct Attention {
   int64_t dbias_batch, dbias_token;
 };
 
+// out = (s - mean) rstd (weight + offset) + bias with s = x, or x + residual as stored in sum; rms_norm has no mean and no bias.
+// weight and bias have gain_dtype: dtype, or f32 beside 16 bits. mean and rstd, [rows], are float (double beside f64): forward
+// writes them where they are given, backward reads them and dout, x (the stored sum) and dsum, which is added to dx.
+struct Norm {
+  Dtype dtype, gain_dtype;
+  Rows rows;
+  int64_t cols;
+  double eps, offset;
+  Matrix x, residual, sum, out;
+  Matrix dout, dsum, dx;
+  const void *weight, *bias;
+  void *mean, *rstd, *dweight, *dbias;
+};
+
+// Row r is head r % heads of token r / heads, whose position (in positions32 or positions64, else its index in 0..T-1) names a
+// row of cos and sin [length, half]: float, double beside f64. The first 2 half columns are rotated, the others copied.
+// conjugate: by the negated angle. out may be x.
+struct Rotary {
+  Dtype dtype;
+  Rows rows;
+  int64_t T, heads, cols, half, length;
+  bool interleaved, conjugate;
+  Matrix x, out;
+  int64_t x_head, out_head;
+  const void *cos, *sin;
+  int64_t cos_stride, sin_stride;
+  const int32_t* positions32;
+  const int64_t* positions64;
+  int64_t position_batch, position_token;
+};
+
 // out = silu(gate) * up. Forward reads gate, up and writes out; backward reads dout too and writes dgate,
 // dup.
 struct Swiglu {
@@ -67,5 +98,10 @@ struct Swiglu {
   X(attention_fwd, Attention) \
   X(attention_bwd, Attention) \
   X(attention_decode, Attention) \
+  X(layer_norm_fwd, Norm) \
+  X(layer_norm_bwd, Norm) \
+  X(rms_norm_fwd, Norm) \
+  X(rms_norm_bwd, Norm) \
+  X(rotary, Rotary) \
   X(swiglu_fwd, Swiglu) \
   X(swiglu_bwd, Swiglu)

@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 from .dispatch import backend, info
 from .ops.attention import attention, attention_decode, attention_varlen, merge_attention
+from .ops.norm import layer_norm, rms_norm
+from .ops.rotary import rotary, rotary_tables
 from .ops.swiglu import swiglu, swiglu_packed
 
 __all__ = [
@@ -19,7 +21,11 @@ __all__ = [
     "attention_varlen",
     "backend",
     "info",
+    "layer_norm",
     "merge_attention",
+    "rms_norm",
+    "rotary",
+    "rotary_tables",
     "swiglu",
     "swiglu_packed",
 ]

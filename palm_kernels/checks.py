@@ -71,6 +71,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if t is not None and t.dtype in FLOATS[:3] else t for t in tensors)
 
 
-def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+def distinct(*tensors: Tensor | None) -> tuple:
     """The tensors, a repeated one as a view: torch.compile rejects one tensor twice in an autograd.Function."""
-    return tuple(t.view_as(t) if any(t is u for u in tensors[:i]) else t for i, t in enumerate(tensors))
+    return tuple(
+        t.view_as(t) if t is not None and any(t is u for u in tensors[:i]) else t for i, t in enumerate(tensors)
+    )

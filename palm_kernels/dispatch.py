@@ -19,6 +19,9 @@ KERNELS = {  # public op: (stem, backend function) pairs that serve it
     "attention": (("attention", "attention_fwd"), ("attention", "attention_bwd")),
     "attention_varlen": (("attention", "attention_varlen_fwd"), ("attention", "attention_varlen_bwd")),
     "attention_decode": (("attention", "attention_decode"),),
+    "rotary": (("rotary", "rotary"),),
+    "rms_norm": (("norm", "rms_norm_fwd"), ("norm", "rms_norm_bwd")),
+    "layer_norm": (("norm", "layer_norm_fwd"), ("norm", "layer_norm_bwd")),
     "swiglu": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
     "swiglu_packed": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
 }

@@ -1,5 +1,6 @@
 """The one comparison that every op test makes: outputs and all gradients against reference.py, within one error budget."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,6 +112,13 @@ def wide(x: Tensor, pad: int = 5, offset: int = 1) -> Tensor:
     with torch.no_grad():
         view.copy_(x)
     return view.detach().requires_grad_(x.requires_grad)
+
+
+def far_rows(rows: int, cols: int) -> Tensor:
+    """Random bfloat16 rows 2^31 + 8 elements apart, in memory that is reserved but hardly touched."""
+    step = 2**31 + 8
+    storage = torch.from_numpy(np.zeros((rows - 1) * step + cols, dtype="uint16")).view(torch.bfloat16)
+    return storage.as_strided((rows, cols), (step, 1)).copy_(torch.randn(rows, cols))
 
 
 def permuted(x: Tensor) -> Tensor:

@@ -229,6 +229,112 @@ static int64_t attention_decode(Tensor q, Tensor k, Tensor v, Tensor cache_lengt
   return kernels().attention_decode(p);
 }
 
+// ---- norm ----
+static void* statistic(const Norm& p, const OptionalTensor& t) {
+  STD_TORCH_CHECK(!t || (t->is_contiguous() && t->numel() == p.rows.count &&
+                         dtype_of(*t) == (p.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32)),
+                  "palm_kernels_cpu: norm: bad statistics");
+  return pointer(t);
+}
+static void* gain(Norm& p, const OptionalTensor& t) {
+  if (!t) return nullptr;
+  const Dtype dtype = dtype_of(*t);
+  const bool halves = p.dtype == Dtype::bf16 || p.dtype == Dtype::f16;
+  STD_TORCH_CHECK(t->is_contiguous() && t->numel() == p.cols && (dtype == p.dtype || (halves && dtype == Dtype::f32)),
+                  "palm_kernels_cpu: norm: bad weight or bias");
+  p.gain_dtype = dtype;
+  return pointer(t);
+}
+static Norm norm_fwd(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                     const OptionalTensor& bias, double eps, double offset, const Tensor& out, const OptionalTensor& sum,
+                     const OptionalTensor& mean, const OptionalTensor& rstd) {
+  Norm p{};
+  p.dtype = p.gain_dtype = dtype_of(x);
+  p.cols = x.size(-1);
+  p.eps = eps;
+  p.offset = offset;
+  STD_TORCH_CHECK(residual.has_value() == sum.has_value(), "palm_kernels_cpu: norm: residual and sum go together");
+  p.rows = residual ? rows_of({{x, p.x}, {*residual, p.residual}, {*sum, p.sum}, {out, p.out}})
+                    : rows_of({{x, p.x}, {out, p.out}});
+  p.weight = gain(p, weight);
+  p.bias = gain(p, bias);
+  STD_TORCH_CHECK(!weight || !bias || dtype_of(*weight) == dtype_of(*bias), "palm_kernels_cpu: norm: two gain dtypes");
+  p.mean = statistic(p, mean);
+  p.rstd = statistic(p, rstd);
+  return p;
+}
+static Norm norm_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& mean,
+                     const Tensor& rstd, const OptionalTensor& dsum, double offset, const Tensor& dx,
+                     const OptionalTensor& dweight, const OptionalTensor& dbias) {
+  Norm p{};
+  p.dtype = p.gain_dtype = dtype_of(x);
+  p.cols = x.size(-1);
+  p.offset = offset;
+  p.rows = dsum ? rows_of({{x, p.x}, {dout, p.dout}, {*dsum, p.dsum}, {dx, p.dx}})
+                : rows_of({{x, p.x}, {dout, p.dout}, {dx, p.dx}});
+  p.weight = gain(p, weight);
+  p.dweight = gain(p, dweight);
+  p.dbias = gain(p, dbias);
+  for (const OptionalTensor* t : {&weight, &dweight, &dbias})
+    STD_TORCH_CHECK(!*t || dtype_of(**t) == p.gain_dtype, "palm_kernels_cpu: norm: two gain dtypes");
+  p.mean = statistic(p, mean);
+  p.rstd = statistic(p, rstd);
+  return p;
+}
+static void rms_norm_fwd(Tensor x, OptionalTensor residual, OptionalTensor weight, double eps, double offset, Tensor out,
+                         OptionalTensor sum, OptionalTensor rstd) {
+  kernels().rms_norm_fwd(norm_fwd(x, residual, weight, {}, eps, offset, out, sum, {}, rstd));
+}
+static void rms_norm_bwd(Tensor dout, Tensor x, OptionalTensor weight, Tensor rstd, OptionalTensor dsum, double offset,
+                         Tensor dx, OptionalTensor dweight) {
+  kernels().rms_norm_bwd(norm_bwd(dout, x, weight, {}, rstd, dsum, offset, dx, dweight, {}));
+}
+static void layer_norm_fwd(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, double eps,
+                           double offset, Tensor out, OptionalTensor sum, OptionalTensor mean, OptionalTensor rstd) {
+  kernels().layer_norm_fwd(norm_fwd(x, residual, weight, bias, eps, offset, out, sum, mean, rstd));
+}
+static void layer_norm_bwd(Tensor dout, Tensor x, OptionalTensor weight, Tensor mean, Tensor rstd, OptionalTensor dsum,
+                           double offset, Tensor dx, OptionalTensor dweight, OptionalTensor dbias) {
+  kernels().layer_norm_bwd(norm_bwd(dout, x, weight, mean, rstd, dsum, offset, dx, dweight, dbias));
+}
+
+// ---- rotary ----
+static int64_t rotary(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool interleaved, bool conjugate,
+                      Tensor out) {
+  Rotary p{};
+  p.dtype = dtype_of(x);
+  p.rows = rows_of({{x, p.x}, {out, p.out}});
+  const bool many = x.dim() == 4;
+  p.T = x.size(1);
+  p.heads = many ? x.size(2) : 1;
+  p.x_head = many ? x.stride(2) : 0;
+  p.out_head = many ? out.stride(2) : 0;
+  p.cols = x.size(-1);
+  p.length = cos.size(0);
+  p.half = cos.size(1);
+  p.interleaved = interleaved;
+  p.conjugate = conjugate;
+  const Dtype wide = p.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+  STD_TORCH_CHECK(dtype_of(cos) == wide && dtype_of(sin) == wide && sin.size(0) == p.length && sin.size(1) == p.half &&
+                      2 * p.half <= p.cols && (p.half < 2 || (cos.stride(1) == 1 && sin.stride(1) == 1)),
+                  "palm_kernels_cpu: rotary: bad cos or sin");
+  p.cos = pointer(cos);
+  p.sin = pointer(sin);
+  p.cos_stride = cos.stride(0);
+  p.sin_stride = sin.stride(0);
+  if (positions) {
+    if (positions->scalar_type() == ScalarType::Int)
+      p.positions32 = static_cast<const int32_t*>(pointer(*positions));
+    else if (positions->scalar_type() == ScalarType::Long)
+      p.positions64 = static_cast<const int64_t*>(pointer(*positions));
+    else
+      STD_TORCH_CHECK(false, "palm_kernels_cpu: rotary: positions are int32 or int64");
+    p.position_batch = positions->dim() == 2 ? positions->stride(0) : 0;
+    p.position_token = positions->stride(-1);
+  }
+  return kernels().rotary(p);
+}
+
 // ---- swiglu ----
 static void swiglu_fwd(Tensor gate, Tensor up, Tensor out) {
   Swiglu p{};
@@ -267,6 +373,20 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? key_bias, float scale, int left, "
       "int right, Tensor(a!) out, Tensor(b!) lse) -> int");
+  m.def(
+      "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float offset, Tensor(a!) out, "
+      "Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");
+  m.def(
+      "layer_norm_bwd(Tensor dout, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dsum, float offset, "
+      "Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()");
+  m.def(
+      "rms_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, Tensor(a!) out, Tensor(b!)? sum, "
+      "Tensor(c!)? rstd) -> ()");
+  m.def(
+      "rms_norm_bwd(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, Tensor? dsum, float offset, Tensor(a!) dx, "
+      "Tensor(b!)? dweight) -> ()");
+  m.def(
+      "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate, Tensor(a!) out) -> int");
   m.def("swiglu_fwd(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
 }
@@ -282,6 +402,11 @@ STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {
   m.impl("attention_varlen_fwd", TORCH_BOX(&palm::cpu::attention_varlen_fwd));
   m.impl("attention_varlen_bwd", TORCH_BOX(&palm::cpu::attention_varlen_bwd));
   m.impl("attention_decode", TORCH_BOX(&palm::cpu::attention_decode));
+  m.impl("layer_norm_fwd", TORCH_BOX(&palm::cpu::layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&palm::cpu::layer_norm_bwd));
+  m.impl("rms_norm_fwd", TORCH_BOX(&palm::cpu::rms_norm_fwd));
+  m.impl("rms_norm_bwd", TORCH_BOX(&palm::cpu::rms_norm_bwd));
+  m.impl("rotary", TORCH_BOX(&palm::cpu::rotary));
   m.impl("swiglu_fwd", TORCH_BOX(&palm::cpu::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&palm::cpu::swiglu_bwd));
 }
