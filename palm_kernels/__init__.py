@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 from .dispatch import backend, info
 from .ops.attention import attention, attention_decode, attention_varlen, merge_attention
+from .ops.cross_entropy import cross_entropy, linear_cross_entropy
 from .ops.swiglu import swiglu, swiglu_packed
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "backend",
+    "cross_entropy",
     "info",
+    "linear_cross_entropy",
     "merge_attention",
     "swiglu",
     "swiglu_packed",

@@ -62,7 +62,7 @@ def check_gain(op: str, name: str, t: Tensor, beside: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {t.dtype}, need {beside.dtype} (or float32 beside 16-bit x)")
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple:
     """The tensors in the autocast dtype where autocast is on (float64 is never cast)."""
     device = next(t.device.type for t in tensors if t is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -71,6 +71,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t.to(dtype) if t is not None and t.dtype in FLOATS[:3] else t for t in tensors)
 
 
-def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+def distinct(*tensors: Tensor | None) -> tuple:
     """The tensors, a repeated one as a view: torch.compile rejects one tensor twice in an autograd.Function."""
-    return tuple(t.view_as(t) if any(t is u for u in tensors[:i]) else t for i, t in enumerate(tensors))
+    return tuple(
+        t.view_as(t) if t is not None and any(t is u for u in tensors[:i]) else t for i, t in enumerate(tensors)
+    )
