@@ -81,6 +81,25 @@ struct Rotary {
   int64_t position_batch, position_token;
 };
 
+enum class Reduction : int32_t { none, mean, sum };
+
+// The losses of rows of `cols` logits, z = logit_scale * logits (formulas: palm_kernels/reference.py). Token
+// weights, class weights, losses and lse are float (double beside f64). cross_entropy_fwd writes loss, z, lse
+// a row; for mean and sum loss and z hold one value, scale (one value) is 1 / sum of t w_y for mean, else 1.
+// cross_entropy_bwd reads dloss (stride 0 for mean and sum), lse and scale and writes dlogits.
+// linear_cross_entropy_rows writes loss, z and row_weight = t w_y a row and, where `gradient`, the gradient
+// of sum dloss loss (dloss null: 1) in the logits' place.
+struct CrossEntropy {
+  Dtype dtype;
+  Reduction reduction;
+  bool gradient;
+  Rows rows;
+  int64_t cols, ignore_index;
+  double label_smoothing, z_loss, logit_scale;
+  Matrix logits, target, token_weight, dloss, lse, loss, z, row_weight, dlogits;
+  void *weight, *scale;
+};
+
 // out = silu(gate) * up. Forward reads gate, up and writes out; backward reads dout too and writes dgate,
 // dup.
 struct Swiglu {
@@ -103,5 +122,8 @@ struct Swiglu {
   X(rms_norm_fwd, Norm) \
   X(rms_norm_bwd, Norm) \
   X(rotary, Rotary) \
+  X(cross_entropy_fwd, CrossEntropy) \
+  X(cross_entropy_bwd, CrossEntropy) \
+  X(linear_cross_entropy_rows, CrossEntropy) \
   X(swiglu_fwd, Swiglu) \
   X(swiglu_bwd, Swiglu)

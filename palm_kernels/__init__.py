@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 from .dispatch import backend, info
 from .ops.attention import attention, attention_decode, attention_varlen, merge_attention
+from .ops.cross_entropy import cross_entropy, linear_cross_entropy
 from .ops.norm import layer_norm, rms_norm
 from .ops.rotary import rotary, rotary_tables
 from .ops.swiglu import swiglu, swiglu_packed
@@ -20,8 +21,10 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "backend",
+    "cross_entropy",
     "info",
     "layer_norm",
+    "linear_cross_entropy",
     "merge_attention",
     "rms_norm",
     "rotary",

@@ -62,7 +62,7 @@ def check_gain(op: str, name: str, t: Tensor, beside: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {t.dtype}, need {beside.dtype} (or float32 beside 16-bit x)")
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple:
     """The tensors in the autocast dtype where autocast is on (float64 is never cast)."""
     device = next(t.device.type for t in tensors if t is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -8,9 +8,11 @@ functions, torch.compile and opcheck see; `public` routes a public function to `
 import contextlib
 import functools
 import importlib
+import importlib.abc
 import os
 import pathlib
 import platform
+import sys
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ KERNELS = {  # public op: (stem, backend function) pairs that serve it
     "rotary": (("rotary", "rotary"),),
     "rms_norm": (("norm", "rms_norm_fwd"), ("norm", "rms_norm_bwd")),
     "layer_norm": (("norm", "layer_norm_fwd"), ("norm", "layer_norm_bwd")),
+    "cross_entropy": (("cross_entropy", "cross_entropy_fwd"), ("cross_entropy", "cross_entropy_bwd")),
+    "linear_cross_entropy": (("cross_entropy", "linear_cross_entropy_rows"),),
     "swiglu": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
     "swiglu_packed": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
 }
@@ -146,6 +150,42 @@ def define(stem: str, schema: str, allocate, *, kernel=None, spread=None, check=
     torch.library.register_fake(f"palm_kernels::{name}", allocate, lib=_library)
     _library.impl(name, body or run, "CompositeExplicitAutograd")
     return getattr(torch.ops.palm_kernels, name).default
+
+
+class _FlopFormulas(importlib.abc.MetaPathFinder):
+    """Registers the formulas when somebody first imports torch.utils.flop_counter: it imports triton, so this package must not."""
+
+    MODULE = "torch.utils.flop_counter"
+
+    def __init__(self):
+        self.formulas: list[tuple] = []
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != self.MODULE:
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in others if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                for op, formula in self.formulas:
+                    module.register_flop_formula(op)(formula)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+_flop_formulas = _FlopFormulas()
+sys.meta_path.insert(0, _flop_formulas)
+
+
+def flops(op, formula) -> None:
+    """Let FlopCounterMode count the functional op: formula(*args, out_shape) gets a shape for each tensor, like torch's own."""
+    _flop_formulas.formulas.append((op.overloadpacket, formula))
+    if module := sys.modules.get(_flop_formulas.MODULE):
+        module.register_flop_formula(op.overloadpacket)(formula)
 
 
 def public(function):

@@ -208,7 +208,7 @@ def cross_entropy(
     flat = target.reshape(-1)
     kept = (flat != ignore_index).nonzero()[:, 0]  # an ignored row is never read
     y = flat[kept]
-    z = logits.reshape(-1, V)[kept] * logit_scale
+    z = logits.reshape(len(flat), V)[kept] * logit_scale
     lse = torch.logsumexp(z, -1)
     w = torch.ones_like(lse) if weight is None else weight[y]
     t = torch.ones_like(lse) if token_weight is None else token_weight.reshape(-1)[kept]
@@ -216,7 +216,7 @@ def cross_entropy(
     if label_smoothing:
         gaps = lse[:, None] - z
         loss = loss + label_smoothing / V * (gaps if weight is None else gaps * weight).sum(-1)
-    z_term = z_loss * w * lse.square() * t
+    z_term = z_loss * w * lse.square() * t if z_loss else torch.zeros_like(loss)
     loss = loss * t + z_term
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, z_term = loss.to(dtype), z_term.to(dtype).detach()
@@ -253,7 +253,7 @@ def linear_cross_entropy(
     kept = (flat != ignore_index).nonzero()[:, 0]
     if max_kept is not None and len(kept) > max_kept:
         raise ValueError(f"linear_cross_entropy: {len(kept)} rows are kept, max_kept is {max_kept}")
-    logits = F.linear(hidden.reshape(-1, C)[kept], linear_weight, linear_bias)
+    logits = F.linear(hidden.reshape(len(flat), C)[kept], linear_weight, linear_bias)
     losses = cross_entropy(
         logits,
         flat[kept],

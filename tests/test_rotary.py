@@ -22,7 +22,17 @@ from hypothesis import strategies as st
 import palm_kernels as pk
 
 # empty batch, no tokens, no heads, one of everything, an odd rest, tails of every vector width, one head without its dimension
-SHAPES = [(0, 3, 2, 8), (2, 0, 2, 8), (2, 3, 0, 8), (1, 1, 1, 2), (2, 5, 3, 7), (2, 9, 4, 64), (1, 3, 2, 78), (2, 50, 256), (3, 4, 1)]
+SHAPES = [
+    (0, 3, 2, 8),
+    (2, 0, 2, 8),
+    (2, 3, 0, 8),
+    (1, 1, 1, 2),
+    (2, 5, 3, 7),
+    (2, 9, 4, 64),
+    (1, 3, 2, 78),
+    (2, 50, 256),
+    (3, 4, 1),
+]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 pairing = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 
@@ -124,7 +134,9 @@ def test_gradcheck(interleaved):
     x, cos_sin = randn(2, 3, 2, 7, dtype=torch.float64), tables(5, 3, torch.float64)
     gradcheck("rotary", x, *cos_sin, interleaved=interleaved)
     positions = torch.tensor([[4, 0, 2], [1, 1, 3]])
-    gradcheck("rotary", wide(x[:, :, 0].detach().requires_grad_()), *cos_sin, positions=positions, interleaved=interleaved)
+    gradcheck(
+        "rotary", wide(x[:, :, 0].detach().requires_grad_()), *cos_sin, positions=positions, interleaved=interleaved
+    )
 
 
 @pytest.mark.isa
@@ -170,7 +182,9 @@ def test_registration():
     x, (cos, sin) = randn(2, 4, 3, 9), tables(6, 4)
     for positions in (None, torch.tensor([5, 0, 1, 1])):
         opcheck(torch.ops.palm_kernels.rotary.default, x, cos, sin, positions, False, False)
-    opcheck(torch.ops.palm_kernels.rotary.default, x[:, :, 0], cos, sin, torch.ones(2, 4, dtype=torch.int32), True, True)
+    opcheck(
+        torch.ops.palm_kernels.rotary.default, x[:, :, 0], cos, sin, torch.ones(2, 4, dtype=torch.int32), True, True
+    )
 
 
 def test_compiles():
@@ -211,7 +225,9 @@ def test_errors():
         pk.rotary(x, cos[:2], sin[:2])
     with pytest.raises(ValueError, match=r"rotary: x has shape \[2, 8\], need \[B,T,H,D\] or \[B,T,D\]"):
         pk.rotary(x[:, 0, 0], cos, sin)
-    with pytest.raises(ValueError, match=r"rotary: cos has shape \[5, 4\], x has 6 dims a head: need at most 3 columns"):
+    with pytest.raises(
+        ValueError, match=r"rotary: cos has shape \[5, 4\], x has 6 dims a head: need at most 3 columns"
+    ):
         pk.rotary(x[..., :6], cos, sin)
     with pytest.raises(ValueError, match=r"rotary: sin has shape \[5, 3\]"):
         pk.rotary(x, cos, sin[:, :3])

@@ -335,6 +335,78 @@ static int64_t rotary(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions
   return kernels().rotary(p);
 }
 
+// ---- cross_entropy ----
+static CrossEntropy losses(const Tensor& logits, const OptionalTensor& weight, int64_t ignore_index,
+                           double label_smoothing, double z_loss, double logit_scale) {
+  CrossEntropy p{};
+  p.dtype = dtype_of(logits);
+  p.cols = logits.size(-1);
+  p.weight = pointer(weight);
+  p.ignore_index = ignore_index;
+  p.label_smoothing = label_smoothing;
+  p.z_loss = z_loss;
+  p.logit_scale = logit_scale;
+  return p;
+}
+// An operand that may be absent walks along beside `other` and ends without data.
+static Operand optional_operand(const OptionalTensor& t, const Tensor& other, Matrix& m) {
+  return {t ? *t : other, m};
+}
+
+static int64_t cross_entropy_fwd(Tensor logits, Tensor target, OptionalTensor weight,
+                                 OptionalTensor token_weight, int64_t ignore_index, double label_smoothing,
+                                 double z_loss, double logit_scale, std::string reduction, Tensor loss,
+                                 Tensor z, Tensor lse, Tensor scale) {
+  CrossEntropy p = losses(logits, weight, ignore_index, label_smoothing, z_loss, logit_scale);
+  const bool none = reduction == "none";
+  p.reduction = none ? Reduction::none : reduction == "mean" ? Reduction::mean : Reduction::sum;
+  p.rows = rows_of({{logits, p.logits},
+                    {target, p.target},
+                    optional_operand(token_weight, target, p.token_weight),
+                    {none ? loss : target, p.loss},
+                    {none ? z : target, p.z},
+                    {lse, p.lse}});
+  p.token_weight.data = pointer(token_weight);
+  p.loss.data = pointer(loss);
+  p.z.data = pointer(z);
+  p.scale = pointer(scale);
+  return kernels().cross_entropy_fwd(p);
+}
+static int64_t cross_entropy_bwd(Tensor logits, Tensor dloss, Tensor lse, Tensor scale, Tensor target,
+                                 OptionalTensor weight, OptionalTensor token_weight, int64_t ignore_index,
+                                 double label_smoothing, double z_loss, double logit_scale, Tensor dlogits) {
+  CrossEntropy p = losses(logits, weight, ignore_index, label_smoothing, z_loss, logit_scale);
+  const bool one = dloss.dim() == 0;
+  p.rows = rows_of({{logits, p.logits},
+                    {target, p.target},
+                    optional_operand(token_weight, target, p.token_weight),
+                    {one ? target : dloss, p.dloss},
+                    {lse, p.lse},
+                    {dlogits, p.dlogits}});
+  p.token_weight.data = pointer(token_weight);
+  if (one) p.dloss = {pointer(dloss), {}};
+  p.scale = pointer(scale);
+  return kernels().cross_entropy_bwd(p);
+}
+static int64_t linear_cross_entropy_rows(Tensor logits, Tensor target, OptionalTensor weight,
+                                         OptionalTensor token_weight, OptionalTensor dloss,
+                                         int64_t ignore_index, double label_smoothing, double z_loss,
+                                         double logit_scale, bool gradient, Tensor loss, Tensor z,
+                                         Tensor row_weight) {
+  CrossEntropy p = losses(logits, weight, ignore_index, label_smoothing, z_loss, logit_scale);
+  p.gradient = gradient;
+  p.rows = rows_of({{logits, p.logits},
+                    {target, p.target},
+                    optional_operand(token_weight, target, p.token_weight),
+                    optional_operand(dloss, target, p.dloss),
+                    {loss, p.loss},
+                    {z, p.z},
+                    {row_weight, p.row_weight}});
+  p.token_weight.data = pointer(token_weight);
+  p.dloss.data = pointer(dloss);
+  return kernels().linear_cross_entropy_rows(p);
+}
+
 // ---- swiglu ----
 static void swiglu_fwd(Tensor gate, Tensor up, Tensor out) {
   Swiglu p{};
@@ -387,6 +459,18 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
       "Tensor(b!)? dweight) -> ()");
   m.def(
       "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate, Tensor(a!) out) -> int");
+  m.def(
+      "cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, "
+      "int ignore_index, float label_smoothing, float z_loss, float logit_scale, str reduction, "
+      "Tensor(a!) loss, Tensor(b!) z, Tensor(c!) lse, Tensor(d!) scale) -> int");
+  m.def(
+      "cross_entropy_bwd(Tensor logits, Tensor dloss, Tensor lse, Tensor scale, Tensor target, "
+      "Tensor? weight, Tensor? token_weight, int ignore_index, float label_smoothing, float z_loss, "
+      "float logit_scale, Tensor(a!) dlogits) -> int");
+  m.def(
+      "linear_cross_entropy_rows(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? token_weight, "
+      "Tensor? dloss, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
+      "bool gradient, Tensor(b!) loss, Tensor(c!) z, Tensor(d!) row_weight) -> int");
   m.def("swiglu_fwd(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
 }
@@ -407,6 +491,9 @@ STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {
   m.impl("rms_norm_fwd", TORCH_BOX(&palm::cpu::rms_norm_fwd));
   m.impl("rms_norm_bwd", TORCH_BOX(&palm::cpu::rms_norm_bwd));
   m.impl("rotary", TORCH_BOX(&palm::cpu::rotary));
+  m.impl("cross_entropy_fwd", TORCH_BOX(&palm::cpu::cross_entropy_fwd));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&palm::cpu::cross_entropy_bwd));
+  m.impl("linear_cross_entropy_rows", TORCH_BOX(&palm::cpu::linear_cross_entropy_rows));
   m.impl("swiglu_fwd", TORCH_BOX(&palm::cpu::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&palm::cpu::swiglu_bwd));
 }
