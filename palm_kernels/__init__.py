@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 from .dispatch import backend, info
 from .ops.attention import attention, attention_decode, attention_varlen, merge_attention
+from .ops.soft_weak_embedding import soft_weak_embedding
 from .ops.swiglu import swiglu, swiglu_packed
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "backend",
     "info",
     "merge_attention",
+    "soft_weak_embedding",
     "swiglu",
     "swiglu_packed",
 ]

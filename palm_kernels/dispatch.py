@@ -19,6 +19,10 @@ KERNELS = {  # public op: (stem, backend function) pairs that serve it
     "attention": (("attention", "attention_fwd"), ("attention", "attention_bwd")),
     "attention_varlen": (("attention", "attention_varlen_fwd"), ("attention", "attention_varlen_bwd")),
     "attention_decode": (("attention", "attention_decode"),),
+    "soft_weak_embedding": (
+        ("soft_weak_embedding", "soft_weak_embedding_fwd"),
+        ("soft_weak_embedding", "soft_weak_embedding_bwd"),
+    ),
     "swiglu": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
     "swiglu_packed": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
 }

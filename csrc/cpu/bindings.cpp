@@ -229,6 +229,54 @@ static int64_t attention_decode(Tensor q, Tensor k, Tensor v, Tensor cache_lengt
   return kernels().attention_decode(p);
 }
 
+// ---- soft_weak_embedding: ids, source_ids, strength, dstrength arrive as [..., 1] ----
+static bool wide(const Tensor& t) { return t.scalar_type() == ScalarType::Long; }
+
+static int64_t soft_weak_embedding_fwd(Tensor ids, Tensor weight, Tensor strength, OptionalTensor mask,
+                                       OptionalTensor source_ids, bool variance_preserving, Tensor out) {
+  SoftWeakEmbedding p{};
+  const Tensor& sources = source_ids ? *source_ids : ids;
+  p.dtype = dtype_of(weight);
+  p.cols = weight.size(1);
+  p.vocab = weight.size(0);
+  p.wide_ids = wide(ids);
+  p.wide_source_ids = wide(sources);
+  p.variance_preserving = variance_preserving;
+  p.rows = rows_of({{out, p.out}, {ids, p.ids}, {sources, p.source_ids}, {strength, p.strength}});
+  if (!source_ids) p.source_ids.data = nullptr;
+  p.weight = pointer(weight);
+  p.weight_stride = weight.stride(0);
+  p.mask = pointer(mask);
+  return kernels().soft_weak_embedding_fwd(p);
+}
+static int64_t soft_weak_embedding_bwd(Tensor dout, Tensor ids, Tensor strength, OptionalTensor weight,
+                                       OptionalTensor mask, OptionalTensor source_ids,
+                                       bool variance_preserving, int64_t vocab, OptionalTensor dweight,
+                                       OptionalTensor dmask, OptionalTensor dstrength) {
+  SoftWeakEmbedding p{};
+  const Tensor& sources = source_ids ? *source_ids : ids;
+  const Tensor& dstrengths = dstrength ? *dstrength : strength;
+  p.dtype = dtype_of(dout);
+  p.cols = dout.size(-1);
+  p.vocab = vocab;
+  p.wide_ids = wide(ids);
+  p.wide_source_ids = wide(sources);
+  p.variance_preserving = variance_preserving;
+  p.rows = rows_of({{dout, p.dout},
+                    {ids, p.ids},
+                    {sources, p.source_ids},
+                    {strength, p.strength},
+                    {dstrengths, p.dstrength}});
+  if (!source_ids) p.source_ids.data = nullptr;
+  if (!dstrength) p.dstrength.data = nullptr;
+  p.weight = pointer(weight);
+  p.weight_stride = weight ? weight->stride(0) : 0;
+  p.mask = pointer(mask);
+  p.dweight = pointer(dweight);
+  p.dmask = pointer(dmask);
+  return kernels().soft_weak_embedding_bwd(p);
+}
+
 // ---- swiglu ----
 static void swiglu_fwd(Tensor gate, Tensor up, Tensor out) {
   Swiglu p{};
@@ -267,6 +315,12 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? key_bias, float scale, int left, "
       "int right, Tensor(a!) out, Tensor(b!) lse) -> int");
+      "soft_weak_embedding_fwd(Tensor ids, Tensor weight, Tensor strength, Tensor? mask_embedding, "
+      "Tensor? source_ids, bool variance_preserving, Tensor(a!) out) -> int");
+  m.def(
+      "soft_weak_embedding_bwd(Tensor dout, Tensor ids, Tensor strength, Tensor? weight, "
+      "Tensor? mask_embedding, Tensor? source_ids, bool variance_preserving, int vocab, "
+      "Tensor(a!)? dweight, Tensor(b!)? dmask_embedding, Tensor(c!)? dstrength) -> int");
   m.def("swiglu_fwd(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
 }
@@ -282,6 +336,8 @@ STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {
   m.impl("attention_varlen_fwd", TORCH_BOX(&palm::cpu::attention_varlen_fwd));
   m.impl("attention_varlen_bwd", TORCH_BOX(&palm::cpu::attention_varlen_bwd));
   m.impl("attention_decode", TORCH_BOX(&palm::cpu::attention_decode));
+  m.impl("soft_weak_embedding_fwd", TORCH_BOX(&palm::cpu::soft_weak_embedding_fwd));
+  m.impl("soft_weak_embedding_bwd", TORCH_BOX(&palm::cpu::soft_weak_embedding_bwd));
   m.impl("swiglu_fwd", TORCH_BOX(&palm::cpu::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&palm::cpu::swiglu_bwd));
 }
