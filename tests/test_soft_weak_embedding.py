@@ -67,14 +67,14 @@ def test_empty(shape, vocab, cols):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_frequent_tokens(dtype):
     """Segments beyond what one thread sums, of one token, of the mask and of a source."""
-    ids = torch.where(torch.rand(5000) < 0.5, 3, torch.randint(0, 50, (5000,)))
-    strength = torch.rand(5000).requires_grad_()
-    sources = torch.where(torch.rand(5000) < 0.5, torch.tensor(-1), 7)
+    ids = torch.where(torch.rand(2000) < 0.5, 3, torch.randint(0, 50, (2000,)))
+    strength = torch.rand(2000).requires_grad_()
+    sources = torch.where(torch.rand(2000) < 0.5, torch.tensor(-1), 7)
     weight, mask = randn(50, 20, dtype=dtype), randn(20, dtype=dtype)
     check_op(OP, ids, weight, strength.to(torch.float64) if dtype == torch.float64 else strength, mask_embedding=mask)
     check_op(OP, ids, weight, strength, mask_embedding=mask, source_ids=sources, function=_widened)
-    same = torch.zeros(5000, dtype=torch.int64)
-    check_op(OP, same, weight, torch.zeros(5000), source_ids=same, function=_widened)
+    same = torch.zeros(2000, dtype=torch.int64)
+    check_op(OP, same, weight, torch.zeros(2000), source_ids=same, function=_widened)
 
 
 def _widened(ids, weight, strength, **keywords):

@@ -315,6 +315,7 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? key_bias, float scale, int left, "
       "int right, Tensor(a!) out, Tensor(b!) lse) -> int");
+  m.def(
       "soft_weak_embedding_fwd(Tensor ids, Tensor weight, Tensor strength, Tensor? mask_embedding, "
       "Tensor? source_ids, bool variance_preserving, Tensor(a!) out) -> int");
   m.def(

@@ -116,7 +116,7 @@ def soft_weak_embedding(
 
     ids: [...], int32 or int64, 0 <= ids < V. weight: [V, C], float32, bfloat16, float16 (float64 on the CPU).
     strength: [...], a in [0, 1], float32 (float64 beside float64). c is weight[source_ids] where source_ids >= 0 (source_ids: [...],
-    int32 or int64), else mask_embedding: [C], weight's dtype (absent: zeros). r = 1, or ((1-a)^2 + a^2)^(-1/2) if variance_preserving.
+    int32 or int64), else mask_embedding: [C], weight's dtype (absent: zeros). r is 1; variance_preserving: ((1-a)^2 + a^2)^(-1/2).
     Returns [..., C] in weight's dtype; computed in float32 (float64), rounded once; a = 0 gives the row and a = 1 the source bit for
     bit, without reading the other. Gradients: weight and mask_embedding (deterministic sums in float32, float64), strength.
     Raises ValueError for shapes, devices, and on the CPU for ids or strengths out of range or NaN; TypeError for dtypes.
