@@ -100,6 +100,24 @@ struct CrossEntropy {
   void *weight, *scale;
 };
 
+// out = r(a) [(1 - a) weight[id] + a source] (PALM E1), source = weight[source_id] if source_id >= 0, else
+// mask (null: zeros). ids, source_ids (null: all mask) are int64 where wide_*, else int32; they, strength and
+// dstrength have one element a row. Backward: each of dweight [vocab, cols] and dmask [cols], contiguous, and
+// dstrength may be null; weight and mask are read for dstrength only.
+struct SoftWeakEmbedding {
+  Dtype dtype;
+  Rows rows;
+  int64_t cols, vocab;
+  bool wide_ids, wide_source_ids, variance_preserving;
+  Matrix ids, source_ids, strength;
+  const void* weight;
+  int64_t weight_stride;
+  const void* mask;
+  Matrix out;
+  Matrix dout, dstrength;
+  void *dweight, *dmask;
+};
+
 // out = silu(gate) * up. Forward reads gate, up and writes out; backward reads dout too and writes dgate,
 // dup.
 struct Swiglu {
@@ -125,5 +143,7 @@ struct Swiglu {
   X(cross_entropy_fwd, CrossEntropy) \
   X(cross_entropy_bwd, CrossEntropy) \
   X(linear_cross_entropy_rows, CrossEntropy) \
+  X(soft_weak_embedding_fwd, SoftWeakEmbedding) \
+  X(soft_weak_embedding_bwd, SoftWeakEmbedding) \
   X(swiglu_fwd, Swiglu) \
   X(swiglu_bwd, Swiglu)

@@ -14,6 +14,7 @@ from .ops.attention import attention, attention_decode, attention_varlen, merge_
 from .ops.cross_entropy import cross_entropy, linear_cross_entropy
 from .ops.norm import layer_norm, rms_norm
 from .ops.rotary import rotary, rotary_tables
+from .ops.soft_weak_embedding import soft_weak_embedding
 from .ops.swiglu import swiglu, swiglu_packed
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotary_tables",
+    "soft_weak_embedding",
     "swiglu",
     "swiglu_packed",
 ]

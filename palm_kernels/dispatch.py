@@ -26,6 +26,10 @@ KERNELS = {  # public op: (stem, backend function) pairs that serve it
     "layer_norm": (("norm", "layer_norm_fwd"), ("norm", "layer_norm_bwd")),
     "cross_entropy": (("cross_entropy", "cross_entropy_fwd"), ("cross_entropy", "cross_entropy_bwd")),
     "linear_cross_entropy": (("cross_entropy", "linear_cross_entropy_rows"),),
+    "soft_weak_embedding": (
+        ("soft_weak_embedding", "soft_weak_embedding_fwd"),
+        ("soft_weak_embedding", "soft_weak_embedding_bwd"),
+    ),
     "swiglu": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
     "swiglu_packed": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
 }

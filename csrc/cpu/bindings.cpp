@@ -407,6 +407,54 @@ static int64_t linear_cross_entropy_rows(Tensor logits, Tensor target, OptionalT
   return kernels().linear_cross_entropy_rows(p);
 }
 
+// ---- soft_weak_embedding: ids, source_ids, strength, dstrength arrive as [..., 1] ----
+static bool wide(const Tensor& t) { return t.scalar_type() == ScalarType::Long; }
+
+static int64_t soft_weak_embedding_fwd(Tensor ids, Tensor weight, Tensor strength, OptionalTensor mask,
+                                       OptionalTensor source_ids, bool variance_preserving, Tensor out) {
+  SoftWeakEmbedding p{};
+  const Tensor& sources = source_ids ? *source_ids : ids;
+  p.dtype = dtype_of(weight);
+  p.cols = weight.size(1);
+  p.vocab = weight.size(0);
+  p.wide_ids = wide(ids);
+  p.wide_source_ids = wide(sources);
+  p.variance_preserving = variance_preserving;
+  p.rows = rows_of({{out, p.out}, {ids, p.ids}, {sources, p.source_ids}, {strength, p.strength}});
+  if (!source_ids) p.source_ids.data = nullptr;
+  p.weight = pointer(weight);
+  p.weight_stride = weight.stride(0);
+  p.mask = pointer(mask);
+  return kernels().soft_weak_embedding_fwd(p);
+}
+static int64_t soft_weak_embedding_bwd(Tensor dout, Tensor ids, Tensor strength, OptionalTensor weight,
+                                       OptionalTensor mask, OptionalTensor source_ids,
+                                       bool variance_preserving, int64_t vocab, OptionalTensor dweight,
+                                       OptionalTensor dmask, OptionalTensor dstrength) {
+  SoftWeakEmbedding p{};
+  const Tensor& sources = source_ids ? *source_ids : ids;
+  const Tensor& dstrengths = dstrength ? *dstrength : strength;
+  p.dtype = dtype_of(dout);
+  p.cols = dout.size(-1);
+  p.vocab = vocab;
+  p.wide_ids = wide(ids);
+  p.wide_source_ids = wide(sources);
+  p.variance_preserving = variance_preserving;
+  p.rows = rows_of({{dout, p.dout},
+                    {ids, p.ids},
+                    {sources, p.source_ids},
+                    {strength, p.strength},
+                    {dstrengths, p.dstrength}});
+  if (!source_ids) p.source_ids.data = nullptr;
+  if (!dstrength) p.dstrength.data = nullptr;
+  p.weight = pointer(weight);
+  p.weight_stride = weight ? weight->stride(0) : 0;
+  p.mask = pointer(mask);
+  p.dweight = pointer(dweight);
+  p.dmask = pointer(dmask);
+  return kernels().soft_weak_embedding_bwd(p);
+}
+
 // ---- swiglu ----
 static void swiglu_fwd(Tensor gate, Tensor up, Tensor out) {
   Swiglu p{};
@@ -471,6 +519,13 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
       "linear_cross_entropy_rows(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? token_weight, "
       "Tensor? dloss, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
       "bool gradient, Tensor(b!) loss, Tensor(c!) z, Tensor(d!) row_weight) -> int");
+  m.def(
+      "soft_weak_embedding_fwd(Tensor ids, Tensor weight, Tensor strength, Tensor? mask_embedding, "
+      "Tensor? source_ids, bool variance_preserving, Tensor(a!) out) -> int");
+  m.def(
+      "soft_weak_embedding_bwd(Tensor dout, Tensor ids, Tensor strength, Tensor? weight, "
+      "Tensor? mask_embedding, Tensor? source_ids, bool variance_preserving, int vocab, "
+      "Tensor(a!)? dweight, Tensor(b!)? dmask_embedding, Tensor(c!)? dstrength) -> int");
   m.def("swiglu_fwd(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
 }
@@ -494,6 +549,8 @@ STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {
   m.impl("cross_entropy_fwd", TORCH_BOX(&palm::cpu::cross_entropy_fwd));
   m.impl("cross_entropy_bwd", TORCH_BOX(&palm::cpu::cross_entropy_bwd));
   m.impl("linear_cross_entropy_rows", TORCH_BOX(&palm::cpu::linear_cross_entropy_rows));
+  m.impl("soft_weak_embedding_fwd", TORCH_BOX(&palm::cpu::soft_weak_embedding_fwd));
+  m.impl("soft_weak_embedding_bwd", TORCH_BOX(&palm::cpu::soft_weak_embedding_bwd));
   m.impl("swiglu_fwd", TORCH_BOX(&palm::cpu::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&palm::cpu::swiglu_bwd));
 }
