@@ -50,6 +50,14 @@ struct Attention {
   int64_t dbias_batch, dbias_token;
 };
 
+// Chains of the float multiply-add (dot: of the bf16 dot instruction), `repeats` long, one set an element of
+// out, to be timed. Returns the floating-point operations behind one element, or -1 without that instruction.
+struct Peak {
+  float* out;
+  int64_t count, repeats;
+  bool dot;
+};
+
 // out = silu(gate) * up. Forward reads gate, up and writes out; backward reads dout too and writes dgate,
 // dup.
 struct Swiglu {
@@ -67,5 +75,6 @@ struct Swiglu {
   X(attention_fwd, Attention) \
   X(attention_bwd, Attention) \
   X(attention_decode, Attention) \
+  X(peak, Peak) \
   X(swiglu_fwd, Swiglu) \
   X(swiglu_bwd, Swiglu)

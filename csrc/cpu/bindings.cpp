@@ -229,6 +229,12 @@ static int64_t attention_decode(Tensor q, Tensor k, Tensor v, Tensor cache_lengt
   return kernels().attention_decode(p);
 }
 
+// ---- peak ----
+static int64_t peak(int64_t repeats, bool dot, Tensor out) {
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.is_contiguous(), "peak: out is not float32");
+  return kernels().peak({static_cast<float*>(out.mutable_data_ptr()), out.numel(), repeats, dot});
+}
+
 // ---- swiglu ----
 static void swiglu_fwd(Tensor gate, Tensor up, Tensor out) {
   Swiglu p{};
@@ -267,6 +273,7 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? key_bias, float scale, int left, "
       "int right, Tensor(a!) out, Tensor(b!) lse) -> int");
+  m.def("peak(int repeats, bool dot, Tensor(a!) out) -> int");
   m.def("swiglu_fwd(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
 }
@@ -282,6 +289,7 @@ STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {
   m.impl("attention_varlen_fwd", TORCH_BOX(&palm::cpu::attention_varlen_fwd));
   m.impl("attention_varlen_bwd", TORCH_BOX(&palm::cpu::attention_varlen_bwd));
   m.impl("attention_decode", TORCH_BOX(&palm::cpu::attention_decode));
+  m.impl("peak", TORCH_BOX(&palm::cpu::peak));
   m.impl("swiglu_fwd", TORCH_BOX(&palm::cpu::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&palm::cpu::swiglu_bwd));
 }

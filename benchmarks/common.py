@@ -1,0 +1,309 @@
+"""The one benchmark frame: correctness first, then all providers of a case interleaved call by call in one process.
+
+A `bench_<stem>.py` holds `BENCHES`; report.py and test_speed.py run them through `gate`, `prepare` and `measure`. Fresh
+outputs and their page faults are part of every provider's time, inputs are not.
+"""
+
+import ctypes
+import gc
+import itertools
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import palm_kernels as pk
+from palm_kernels import reference
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the error budget is the tests': there is one
+from helpers import assert_close, make_douts, rms, run
+
+OURS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # our backends on a device, each a provider of its own
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+class Work(NamedTuple):
+    """What a call cannot do without: floating-point operations, and bytes read and written once."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One op: `inputs(**case)` gives (args, kwargs) of palm_kernels.<op>, and every peer takes them as they are."""
+
+    op: str
+    cases: Sequence[dict]  # each has a dtype; the first `quick` make up --quick
+    inputs: Callable[..., tuple[tuple, dict]]
+    work: Callable[..., dict[str, Work]]  # by mode: its keys are the modes that are timed
+    peers: dict[str, Callable]
+    floors: dict[str, Callable] = field(default_factory=dict)  # not the op but a part of it that bounds it: not gated
+    quick: int = 1
+    gate: dict = field(default_factory=dict)  # shape overrides for the gate where float64 would not fit
+    cold: bool = False  # every call gets inputs that no cache holds
+    bandwidth: str = "copy"  # the peak that bytes are held against: "copy" or "read"
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    kind: str  # "ours", "peer" or "floor"
+    call: Callable
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a case may take: seconds of measuring, rounds at least and at most, seconds that make a call too slow to repeat."""
+
+    seconds: float
+    least: int
+    most: int
+    patience: float
+
+
+FULL = Effort(3.0, 5, 60, 8.0)
+QUICK = Effort(0.5, 3, 20, 2.0)
+
+
+def randn(*shape: int, dtype=torch.float32, scale=1.0, grad=True) -> Tensor:
+    """A normal tensor on the default device, by default a leaf that wants a gradient."""
+    return (torch.randn(shape, dtype=dtype) * scale).requires_grad_(grad)
+
+
+def compiled(function: Callable) -> Callable:
+    """function under torch.compile, as one graph of static shapes."""
+    graph = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*args, **kwargs):
+        return graph(*args, **kwargs)
+
+    call.compiles = True  # its first call is not a measurement, however long
+    return call
+
+
+def describe_case(case: dict) -> str:
+    """ "B1 T1024 causal float32": the case in one line."""
+    words = [
+        f"{k}{v}" if not isinstance(v, (bool, torch.dtype)) else k if v is True else str(v).removeprefix("torch.")
+        for k, v in case.items()
+        if v is not False
+    ]
+    return " ".join(words)
+
+
+def providers_of(bench: Bench, device: str) -> list[Provider]:
+    """Ours (one a backend; the reference where it is forced), the peers, the floors."""
+    forced = pk.dispatch._forced
+    backends = OURS[device] if forced == "auto" else (forced,)
+
+    def ours(*args, **kwargs):
+        if not hasattr(pk, bench.op):
+            raise NotImplementedError(f"palm_kernels has no {bench.op}")
+        return getattr(pk, bench.op)(*args, **kwargs)
+
+    return [
+        *(Provider(f"palm {b}", "ours", ours, b) for b in backends),
+        *(Provider(name, "peer", call) for name, call in bench.peers.items()),
+        *(Provider(name, "floor", call) for name, call in bench.floors.items()),
+    ]
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _sampled(*tensors: Tensor, most: int = 2**20) -> list[Tensor]:
+    """The tensors at the same random million places: float64 comparison of every element would cost more than the run."""
+    n = tensors[0].numel()
+    if n <= most:
+        return list(tensors)
+    where = tensors[0].device
+    at = torch.randint(n, (most,), generator=torch.Generator(where).manual_seed(0), device=where)
+    return [t.reshape(-1)[at] for t in tensors]
+
+
+def _compare(bench: Bench, provider: Provider, args, kwargs, dtype, truth, yardstick, douts) -> None:
+    """AssertionError where an output, a gradient or the output without grad is over the tests' error budget."""
+    with pk.backend(provider.backend):
+        got = run(provider.call, args, kwargs, douts)
+        with torch.no_grad():
+            plain = _outputs(provider.call(*args, **kwargs))
+    dout_rms = max(rms(d) for d in douts)
+    compared = {"output": (got[0], truth[0], yardstick[0]), "gradient": (got[1], truth[1], yardstick[1])}
+    compared["output without grad"] = (plain, truth[0], yardstick[0])
+    for kind, (ours, exact, yard) in compared.items():
+        assert len(ours) == len(exact), f"{len(ours)} {kind}s, the reference has {len(exact)}"
+        for i, (x, y, z) in enumerate(zip(ours, yard, exact, strict=True)):
+            assert x.shape == z.shape, f"{bench.op} {kind} {i}: shape {list(x.shape)}, expected {list(z.shape)}"
+            assert_close(*_sampled(x, y, z), dtype, dout_rms, f"{bench.op} {kind} {i}")
+
+
+def gate(bench: Bench, case: dict, providers: Sequence[Provider]) -> dict[str, dict[str, str]]:
+    """{status, reason} by provider: "ok" may be timed; "wrong" is over the budget, "failed" raised, "absent" cannot be had here."""
+    args, kwargs = bench.inputs(**{**case, **bench.gate})
+    spec = getattr(reference, bench.op)
+    yardstick = run(spec, args, kwargs)
+    douts = make_douts(yardstick[0])
+    truth = run(spec, args, kwargs, douts, to=torch.float64)
+    verdicts = {}
+    for p in providers:
+        verdicts[p.name] = {"status": "ok", "reason": ""}
+        if p.kind == "floor":
+            continue
+        try:
+            _compare(bench, p, args, kwargs, case["dtype"], truth, yardstick, douts)
+        except AssertionError as error:
+            verdicts[p.name] = {"status": "wrong", "reason": str(error)}
+        except (NotImplementedError, ImportError) as error:
+            verdicts[p.name] = {"status": "absent", "reason": str(error)}
+        except Exception as error:
+            verdicts[p.name] = {"status": "failed", "reason": _brief(error)}
+    return verdicts
+
+
+def _copies(bench: Bench, args: tuple, kwargs: dict) -> int:
+    """How many input sets push each other out of the caches: half a GB together, 64 at most."""
+    size = sum(t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    return min(64, max(2, int(5e8 // max(size, 1)))) if bench.cold else 1
+
+
+def prepare(bench: Bench, case: dict, providers: Sequence[Provider], mode: str) -> dict[str, Callable]:
+    """A function of no arguments by provider: one forward, or forward and backward, on the next of the inputs they share."""
+    sets = [bench.inputs(**case)]
+    sets += [bench.inputs(**case) for _ in range(_copies(bench, *sets[0]) - 1)]
+    turn = itertools.cycle(sets)
+
+    def forward(provider: Provider):
+        def call():
+            args, kwargs = next(turn)
+            with torch.no_grad():
+                return provider.call(*args, **kwargs)
+
+        return call
+
+    def both(provider: Provider):
+        douts = []
+
+        def call():
+            args, kwargs = next(turn)
+            outs = [o for o in _outputs(provider.call(*args, **kwargs)) if o.requires_grad]
+            if not douts:  # by the first call, which is not measured
+                douts.extend(torch.randn_like(o) for o in outs)
+            leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
+            return outs, torch.autograd.grad(outs, leaves, douts, allow_unused=True)
+
+        return call
+
+    return {p.name: (forward if mode == FORWARD else both)(p) for p in providers}
+
+
+def _clock(device: str) -> Callable[[Callable], float]:
+    """seconds(call). On a GPU between two events, after a write that empties the L2 cache and hides the launch."""
+    if device == "cpu":
+
+        def seconds(call):
+            start = time.perf_counter()
+            result = call()
+            taken = time.perf_counter() - start
+            del result
+            return taken
+
+        return seconds
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+
+    def seconds(call):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+def _status_mb(key: str) -> float:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def peak_memory(call: Callable, device: str) -> float | None:
+    """MiB that one call held at its height beyond what was there before: outputs, gradients, saved tensors, C++ scratch.
+
+    On the CPU by the kernel's high-water mark of resident memory, after the allocator gave back what it kept; None without it.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_mb("VmRSS")
+        call()
+        return max(0.0, _status_mb("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def _first_calls(calls: dict[str, Callable], providers: Sequence[Provider], clock) -> tuple[dict, dict]:
+    """Seconds of each provider's first call (a compiled one's second), and why some failed: these calls warm up."""
+    first, failures = {}, {}
+    for p in providers:
+        try:
+            with pk.backend(p.backend):
+                for _ in range(2 if getattr(p.call, "compiles", False) else 1):
+                    first[p.name] = clock(calls[p.name])
+        except Exception as error:
+            failures[p.name] = {"status": "failed", "reason": _brief(error)}
+    return first, failures
+
+
+def measure(calls: dict[str, Callable], providers: Sequence[Provider], device: str, effort: Effort) -> dict[str, dict]:
+    """By provider: median, p20 and p80 in ms, the number of calls, peak memory in MiB.
+
+    The order within a round is shuffled, so nobody always runs behind the same neighbour. A first call slower than the
+    patience stands as its provider's only measurement.
+    """
+    clock, order = _clock(device), random.Random(0)
+    first, results = _first_calls(calls, providers, clock)
+    times = {name: [t] if t > effort.patience else [] for name, t in first.items() if name not in results}
+    repeated = [p for p in providers if times.get(p.name) == []]
+    rounds = int(effort.seconds / max(1e-9, sum(first[p.name] for p in repeated)))
+    for _ in range(min(max(rounds, effort.least), effort.most) if repeated else 0):
+        for p in order.sample(repeated, len(repeated)):
+            with pk.backend(p.backend):
+                times[p.name].append(clock(calls[p.name]))
+    for p in providers:
+        if p.name in results:
+            continue
+        quantiles = (
+            torch.tensor(times[p.name], device="cpu").mul(1e3).quantile(torch.tensor([0.2, 0.5, 0.8], device="cpu"))
+        )
+        low, median, high = quantiles.tolist()
+        with pk.backend(p.backend):
+            memory = peak_memory(calls[p.name], device) if p in repeated else None
+        results[p.name] = {
+            "status": "ok",
+            "ms": median,
+            "p20": low,
+            "p80": high,
+            "calls": len(times[p.name]),
+            "memory_mib": memory,
+        }
+    return results
