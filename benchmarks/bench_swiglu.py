@@ -1,45 +1,22 @@
-"""swiglu against torch: bound by memory. PaLM 8B has F = 16384."""
+"""swiglu, swiglu_packed: bound by memory. PaLM 8B has F = 16384."""
 
 import torch
-import torch.nn.functional as F
 
-from .common import BOTH, FORWARD, Bench, Work, compiled, randn
+from . import peers
+from .common import Bench, cases, eager_and_compiled, memory_work, randn
 
-CASES = [
-    {"N": 2048, "F": 8192, "dtype": torch.float32},
-    {"N": 2048, "F": 8192, "dtype": torch.bfloat16},
-    {"N": 512, "F": 16384, "dtype": torch.float32},
-]
+SHAPES = cases("N F", (2048, 8192)) + cases("N F", (512, 16384), dtypes=[torch.float32])
 
 
-def eager(gate, up):
-    return F.silu(gate) * up
+def swiglu(N, F, dtype):
+    return (randn(N, F, dtype=dtype), randn(N, F, dtype=dtype)), {}, memory_work(N * F * dtype.itemsize, 3, 8)
 
 
-def eager_packed(x):
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def work(N, F, dtype):
-    n = N * F * dtype.itemsize
-    return {FORWARD: Work(0, 3 * n), BOTH: Work(0, 8 * n)}
+def swiglu_packed(N, F, dtype):
+    return (randn(N, 2 * F, dtype=dtype),), {}, memory_work(N * F * dtype.itemsize, 3, 8)
 
 
 BENCHES = [
-    Bench(
-        op="swiglu",
-        cases=CASES,
-        inputs=lambda N, F, dtype: ((randn(N, F, dtype=dtype), randn(N, F, dtype=dtype)), {}),
-        work=work,
-        peers={"eager": eager, "torch.compile": compiled(eager)},
-    ),
-    Bench(
-        op="swiglu_packed",
-        cases=CASES,
-        quick=0,
-        inputs=lambda N, F, dtype: ((randn(N, 2 * F, dtype=dtype),), {}),
-        work=work,
-        peers={"eager": eager_packed, "torch.compile": compiled(eager_packed)},
-    ),
+    Bench("swiglu", SHAPES, swiglu, eager_and_compiled(peers.silu_up)),
+    Bench("swiglu_packed", SHAPES, swiglu_packed, eager_and_compiled(peers.silu_up_packed), quick=0),
 ]

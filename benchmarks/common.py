@@ -37,18 +37,18 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """One op: `inputs(**case)` gives (args, kwargs) of palm_kernels.<op>, and every peer takes them as they are."""
+    """One op. make(**case) gives (args, kwargs, {mode: Work}): every provider takes args and kwargs as palm_kernels.<op> does."""
 
     op: str
     cases: Sequence[dict]  # each has a dtype; the first `quick` make up --quick
-    inputs: Callable[..., tuple[tuple, dict]]
-    work: Callable[..., dict[str, Work]]  # by mode: its keys are the modes that are timed
+    make: Callable[..., tuple]  # the modes of its Works are the ones that are timed
     peers: dict[str, Callable]
-    floors: dict[str, Callable] = field(default_factory=dict)  # not the op but a part of it that bounds it: not gated
+    floors: dict[str, Callable] = field(default_factory=dict)  # not the op but a part that bounds it: timed, not gated
     quick: int = 1
-    gate: dict = field(default_factory=dict)  # shape overrides for the gate where float64 would not fit
+    gate: dict = field(default_factory=dict)  # shape overrides for the gate, where float64 would not fit
     cold: bool = False  # every call gets inputs that no cache holds
     bandwidth: str = "copy"  # the peak that bytes are held against: "copy" or "read"
+    variant: str = ""  # tells benches of one op apart
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,20 @@ def randn(*shape: int, dtype=torch.float32, scale=1.0, grad=True) -> Tensor:
     return (torch.randn(shape, dtype=dtype) * scale).requires_grad_(grad)
 
 
+def memory_work(size: float, forward: float, both: float) -> dict[str, Work]:
+    """Work of an op bound by memory: how often it moves `size` bytes."""
+    return {FORWARD: Work(0, forward * size), BOTH: Work(0, both * size)}
+
+
+def attention_work(pairs: float, size: float, D: int, dtype: torch.dtype) -> dict[str, Work]:
+    """Work for `pairs` of a query and a visible key, and `size` elements in q and k together.
+
+    Backward has five products for forward's two, and moves q, k, v, out, dout, dq, dk, dv.
+    """
+    flops, moved = 4 * pairs * D, 2 * size * dtype.itemsize
+    return {FORWARD: Work(flops, moved), BOTH: Work(3.5 * flops, 3 * moved)}
+
+
 def compiled(function: Callable) -> Callable:
     """function under torch.compile, as one graph of static shapes."""
     graph = torch.compile(function, fullgraph=True, dynamic=False)
@@ -89,13 +103,23 @@ def compiled(function: Callable) -> Callable:
     return call
 
 
+def eager_and_compiled(function: Callable) -> dict[str, Callable]:
+    return {"eager": function, "torch.compile": compiled(function)}
+
+
+def cases(names: str, *shapes: tuple, dtypes=(torch.float32, torch.bfloat16)) -> list[dict]:
+    """A case for every shape and dtype: cases("N F", (2048, 8192)) gives two."""
+    return [{**dict(zip(names.split(), s, strict=True)), "dtype": d} for s in shapes for d in dtypes]
+
+
 def describe_case(case: dict) -> str:
-    """ "B1 T1024 causal float32": the case in one line."""
-    words = [
-        f"{k}{v}" if not isinstance(v, (bool, torch.dtype)) else k if v is True else str(v).removeprefix("torch.")
-        for k, v in case.items()
-        if v is not False
-    ]
+    """{"B": 1, "causal": True, "dtype": torch.float32} in one line: B1 causal float32."""
+    words = []
+    for name, value in case.items():
+        if isinstance(value, bool):
+            words += [name] if value else []
+        else:
+            words.append(str(value).removeprefix("torch.") if name == "dtype" else f"{name}{value}".replace(" ", ""))
     return " ".join(words)
 
 
@@ -152,7 +176,7 @@ def _compare(bench: Bench, provider: Provider, args, kwargs, dtype, truth, yards
 
 def gate(bench: Bench, case: dict, providers: Sequence[Provider]) -> dict[str, dict[str, str]]:
     """{status, reason} by provider: "ok" may be timed; "wrong" is over the budget, "failed" raised, "absent" cannot be had here."""
-    args, kwargs = bench.inputs(**{**case, **bench.gate})
+    args, kwargs, _ = bench.make(**{**case, **bench.gate})
     spec = getattr(reference, bench.op)
     yardstick = run(spec, args, kwargs)
     douts = make_douts(yardstick[0])
@@ -173,16 +197,16 @@ def gate(bench: Bench, case: dict, providers: Sequence[Provider]) -> dict[str, d
     return verdicts
 
 
-def _copies(bench: Bench, args: tuple, kwargs: dict) -> int:
-    """How many input sets push each other out of the caches: half a GB together, 64 at most."""
+def inputs(bench: Bench, case: dict) -> tuple[list[tuple], dict[str, Work]]:
+    """The (args, kwargs) that calls take in turn, one unless cold (then half a GB of them, 64 at most), and the work by mode."""
+    args, kwargs, work = bench.make(**case)
     size = sum(t.nbytes for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-    return min(64, max(2, int(5e8 // max(size, 1)))) if bench.cold else 1
+    copies = min(64, max(2, int(5e8 // size))) if bench.cold else 1
+    return [(args, kwargs), *(bench.make(**case)[:2] for _ in range(copies - 1))], work
 
 
-def prepare(bench: Bench, case: dict, providers: Sequence[Provider], mode: str) -> dict[str, Callable]:
+def prepare(sets: list[tuple], providers: Sequence[Provider], mode: str) -> dict[str, Callable]:
     """A function of no arguments by provider: one forward, or forward and backward, on the next of the inputs they share."""
-    sets = [bench.inputs(**case)]
-    sets += [bench.inputs(**case) for _ in range(_copies(bench, *sets[0]) - 1)]
     turn = itertools.cycle(sets)
 
     def forward(provider: Provider):

@@ -18,7 +18,7 @@ import torch
 
 import palm_kernels as pk
 
-from .common import FULL, QUICK, Bench, describe_case, gate, measure, prepare, providers_of
+from .common import FULL, QUICK, Bench, describe_case, gate, inputs, measure, prepare, providers_of
 from .machine import bound, describe, measure_peaks
 
 HERE = Path(__file__).parent
@@ -49,8 +49,9 @@ def run_case(stem: str, bench: Bench, case: dict, device: str, effort, seed: int
         providers = providers_of(bench, device)
         verdicts = gate(bench, case, providers)
         fit = [p for p in providers if verdicts[p.name]["status"] == "ok"]
-        for mode, work in bench.work(**case).items():
-            measured = measure(prepare(bench, case, fit, mode), fit, device, effort)
+        sets, works = inputs(bench, case)
+        for mode, work in works.items():
+            measured = measure(prepare(sets, fit, mode), fit, device, effort)
             limit, limited_by = bound(peaks, *work, case["dtype"], bench.bandwidth)
             amount = {"flops": work.flops, "bytes": work.bytes}[limited_by]
             results = {p.name: {"kind": p.kind, **verdicts[p.name], **measured.get(p.name, {})} for p in providers}
@@ -67,7 +68,7 @@ def run_case(stem: str, bench: Bench, case: dict, device: str, effort, seed: int
                     "stem": stem,
                     "op": bench.op,
                     "case": {k: str(v).removeprefix("torch.") if k == "dtype" else v for k, v in case.items()},
-                    "label": describe_case(case),
+                    "label": f"{describe_case(case)} {bench.variant}".strip(),
                     "gated_at": describe_case({**case, **bench.gate}),
                     "mode": mode,
                     "work": work._asdict(),
