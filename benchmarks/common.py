@@ -1,12 +1,11 @@
 """The one benchmark frame: correctness first, then all providers of a case interleaved call by call in one process.
 
-A `bench_<stem>.py` holds `BENCHES`; report.py and test_speed.py run them through `gate`, `prepare` and `measure`. Fresh
-outputs and their page faults are part of every provider's time, inputs are not.
+A `bench_<stem>.py` holds `BENCHES`; report.py and test_speed.py run them. Fresh outputs and their page faults are part of
+every provider's time, inputs are not.
 """
 
-import ctypes
-import gc
 import itertools
+import os
 import random
 import sys
 import time
@@ -20,6 +19,8 @@ from torch import Tensor
 
 import palm_kernels as pk
 from palm_kernels import reference
+
+from .machine import peak_memory
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the error budget is the tests': there is one
 from helpers import assert_close, make_douts, rms, run
@@ -69,7 +70,7 @@ class Effort:
     patience: float
 
 
-FULL = Effort(3.0, 5, 60, 8.0)
+FULL = Effort(3.0, 3, 60, 8.0)
 QUICK = Effort(0.5, 3, 20, 2.0)
 
 
@@ -125,7 +126,7 @@ def describe_case(case: dict) -> str:
 
 def providers_of(bench: Bench, device: str) -> list[Provider]:
     """Ours (one a backend; the reference where it is forced), the peers, the floors."""
-    forced = pk.dispatch._forced
+    forced = os.environ.get("PALM_KERNELS_BACKEND", "auto")
     backends = OURS[device] if forced == "auto" else (forced,)
 
     def ours(*args, **kwargs):
@@ -160,18 +161,20 @@ def _sampled(*tensors: Tensor, most: int = 2**20) -> list[Tensor]:
 
 def _compare(bench: Bench, provider: Provider, args, kwargs, dtype, truth, yardstick, douts) -> None:
     """AssertionError where an output, a gradient or the output without grad is over the tests' error budget."""
-    with pk.backend(provider.backend):
-        got = run(provider.call, args, kwargs, douts)
-        with torch.no_grad():
-            plain = _outputs(provider.call(*args, **kwargs))
     dout_rms = max(rms(d) for d in douts)
-    compared = {"output": (got[0], truth[0], yardstick[0]), "gradient": (got[1], truth[1], yardstick[1])}
-    compared["output without grad"] = (plain, truth[0], yardstick[0])
-    for kind, (ours, exact, yard) in compared.items():
+
+    def check(kind, ours, exact, yard):
         assert len(ours) == len(exact), f"{len(ours)} {kind}s, the reference has {len(exact)}"
         for i, (x, y, z) in enumerate(zip(ours, yard, exact, strict=True)):
             assert x.shape == z.shape, f"{bench.op} {kind} {i}: shape {list(x.shape)}, expected {list(z.shape)}"
             assert_close(*_sampled(x, y, z), dtype, dout_rms, f"{bench.op} {kind} {i}")
+
+    with pk.backend(provider.backend):
+        with torch.no_grad():
+            check("output without grad", _outputs(provider.call(*args, **kwargs)), truth[0], yardstick[0])
+        outs, grads = run(provider.call, args, kwargs, douts)
+    check("output", outs, truth[0], yardstick[0])
+    check("gradient", grads, truth[1], yardstick[1])
 
 
 def gate(bench: Bench, case: dict, providers: Sequence[Provider]) -> dict[str, dict[str, str]]:
@@ -223,7 +226,7 @@ def prepare(sets: list[tuple], providers: Sequence[Provider], mode: str) -> dict
         def call():
             args, kwargs = next(turn)
             outs = [o for o in _outputs(provider.call(*args, **kwargs)) if o.requires_grad]
-            if not douts:  # by the first call, which is not measured
+            if not douts:  # by the first call, which warms up
                 douts.extend(torch.randn_like(o) for o in outs)
             leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad]
             return outs, torch.autograd.grad(outs, leaves, douts, allow_unused=True)
@@ -259,32 +262,6 @@ def _clock(device: str) -> Callable[[Callable], float]:
     return seconds
 
 
-def _status_mb(key: str) -> float:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    return int(line.split()[1]) / 1024
-
-
-def peak_memory(call: Callable, device: str) -> float | None:
-    """MiB that one call held at its height beyond what was there before: outputs, gradients, saved tensors, C++ scratch.
-
-    On the CPU by the kernel's high-water mark of resident memory, after the allocator gave back what it kept; None without it.
-    """
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_mb("VmRSS")
-        call()
-        return max(0.0, _status_mb("VmHWM") - before)
-    except (OSError, AttributeError, StopIteration):
-        return None
-
-
 def _first_calls(calls: dict[str, Callable], providers: Sequence[Provider], clock) -> tuple[dict, dict]:
     """Seconds of each provider's first call (a compiled one's second), and why some failed: these calls warm up."""
     first, failures = {}, {}
@@ -314,20 +291,11 @@ def measure(calls: dict[str, Callable], providers: Sequence[Provider], device: s
             with pk.backend(p.backend):
                 times[p.name].append(clock(calls[p.name]))
     for p in providers:
-        if p.name in results:
+        if p.name not in times:
             continue
-        quantiles = (
-            torch.tensor(times[p.name], device="cpu").mul(1e3).quantile(torch.tensor([0.2, 0.5, 0.8], device="cpu"))
-        )
-        low, median, high = quantiles.tolist()
+        ms = torch.tensor(times[p.name], device="cpu") * 1e3
+        low, median, high = ms.quantile(torch.tensor([0.2, 0.5, 0.8], device="cpu")).tolist()
         with pk.backend(p.backend):
             memory = peak_memory(calls[p.name], device) if p in repeated else None
-        results[p.name] = {
-            "status": "ok",
-            "ms": median,
-            "p20": low,
-            "p80": high,
-            "calls": len(times[p.name]),
-            "memory_mib": memory,
-        }
+        results[p.name] = {"ms": median, "p20": low, "p80": high, "calls": len(ms), "memory_mib": memory}
     return results

@@ -1,5 +1,7 @@
-"""The machine under the numbers: its name, and the peaks it reaches when a small program asks for nothing else."""
+"""The machine under the numbers: its name, the peaks it reaches when a small program asks for nothing else, its memory."""
 
+import ctypes
+import gc
 import os
 import pathlib
 import platform
@@ -85,3 +87,29 @@ def bound(peaks: dict, flops: float, moved: float, dtype: torch.dtype, bandwidth
     arithmetic = flops / 1e9 / max(peaks[u] or 0.0 for u in units)
     memory = moved / 1e9 / peaks[bandwidth]
     return max((arithmetic, "flops"), (memory, "bytes"))
+
+
+def _status_mb(key: str) -> float:
+    line = next(x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def peak_memory(call, device: str) -> float | None:
+    """MiB that one call held at its height beyond what was there before: outputs, gradients, saved tensors, C++ scratch.
+
+    On the CPU by the kernel's high-water mark of resident memory, after the allocator gave back what it kept; None without it.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = _status_mb("VmRSS")
+        call()
+        return max(0.0, _status_mb("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):
+        return None

@@ -40,6 +40,18 @@ def progress(items):
     return tqdm(items, file=sys.stderr, disable=None, unit="case")
 
 
+def judge(results: dict[str, dict], limit: float, amount: float) -> str | None:
+    """Adds to what was measured its rate, its share of the bound and, for ours, the ratio to the best peer, which it names."""
+    measured = {name: r for name, r in results.items() if "ms" in r}
+    peers = [name for name, r in measured.items() if r["kind"] == "peer"]
+    best = min(peers, key=lambda name: measured[name]["ms"], default=None)
+    for r in measured.values():
+        r |= {"giga_per_second": amount / r["ms"] / 1e6, "of_bound": limit * 1e3 / r["ms"]}
+        if best and r["kind"] == "ours":
+            r["ratio"] = measured[best]["ms"] / r["ms"]
+    return best
+
+
 def run_case(stem: str, bench: Bench, case: dict, device: str, effort, seed: int, peaks: dict) -> list[dict]:
     """One row a mode: the gate, then the measurements of every provider that passed it."""
     torch.compiler.reset()  # a compiled peer falls back to eager at its eighth shape
@@ -52,17 +64,9 @@ def run_case(stem: str, bench: Bench, case: dict, device: str, effort, seed: int
         sets, works = inputs(bench, case)
         for mode, work in works.items():
             measured = measure(prepare(sets, fit, mode), fit, device, effort)
-            limit, limited_by = bound(peaks, *work, case["dtype"], bench.bandwidth)
-            amount = {"flops": work.flops, "bytes": work.bytes}[limited_by]
             results = {p.name: {"kind": p.kind, **verdicts[p.name], **measured.get(p.name, {})} for p in providers}
-            for r in results.values():
-                if "ms" in r:
-                    r |= {"giga_per_second": amount / r["ms"] / 1e6, "of_bound": limit * 1e3 / r["ms"]}
-            peers = [n for n, r in results.items() if r["kind"] == "peer" and "ms" in r]
-            best = min(peers, key=lambda n: results[n]["ms"]) if peers else None
-            for r in results.values():
-                if best and r["kind"] == "ours" and "ms" in r:
-                    r["ratio"] = results[best]["ms"] / r["ms"]
+            limit, limited_by = bound(peaks, *work, case["dtype"], bench.bandwidth)
+            best = judge(results, limit, {"flops": work.flops, "bytes": work.bytes}[limited_by])
             rows.append(
                 {
                     "stem": stem,
