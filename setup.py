@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: see DESIGN in CONTRIBUTING.md
-STEMS = ("attention", "attention_decode", "cross_entropy", "norm", "rotary", "soft_weak_embedding", "swiglu")
+STEMS = ("attention", "attention_decode", "cross_entropy", "norm", "peak", "rotary", "soft_weak_embedding", "swiglu")
 X86 = {  # instruction set: vector bytes, flags
     "v2": (16, "-march=x86-64-v2"),
     "v3": (32, "-march=x86-64-v3"),

@@ -118,6 +118,14 @@ struct SoftWeakEmbedding {
   void *dweight, *dmask;
 };
 
+// Chains of the float multiply-add (dot: of the bf16 dot instruction), `repeats` long, one set an element of
+// out, to be timed. Returns the floating-point operations behind one element, or -1 without that instruction.
+struct Peak {
+  float* out;
+  int64_t count, repeats;
+  bool dot;
+};
+
 // out = silu(gate) * up. Forward reads gate, up and writes out; backward reads dout too and writes dgate,
 // dup.
 struct Swiglu {
@@ -145,5 +153,6 @@ struct Swiglu {
   X(linear_cross_entropy_rows, CrossEntropy) \
   X(soft_weak_embedding_fwd, SoftWeakEmbedding) \
   X(soft_weak_embedding_bwd, SoftWeakEmbedding) \
+  X(peak, Peak) \
   X(swiglu_fwd, Swiglu) \
   X(swiglu_bwd, Swiglu)

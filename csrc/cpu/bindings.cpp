@@ -455,6 +455,12 @@ static int64_t soft_weak_embedding_bwd(Tensor dout, Tensor ids, Tensor strength,
   return kernels().soft_weak_embedding_bwd(p);
 }
 
+// ---- peak ----
+static int64_t peak(int64_t repeats, bool dot, Tensor out) {
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.is_contiguous(), "peak: out is not float32");
+  return kernels().peak({static_cast<float*>(out.mutable_data_ptr()), out.numel(), repeats, dot});
+}
+
 // ---- swiglu ----
 static void swiglu_fwd(Tensor gate, Tensor up, Tensor out) {
   Swiglu p{};
@@ -526,6 +532,7 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
       "soft_weak_embedding_bwd(Tensor dout, Tensor ids, Tensor strength, Tensor? weight, "
       "Tensor? mask_embedding, Tensor? source_ids, bool variance_preserving, int vocab, "
       "Tensor(a!)? dweight, Tensor(b!)? dmask_embedding, Tensor(c!)? dstrength) -> int");
+  m.def("peak(int repeats, bool dot, Tensor(a!) out) -> int");
   m.def("swiglu_fwd(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   m.def("swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
 }
@@ -551,6 +558,7 @@ STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {
   m.impl("linear_cross_entropy_rows", TORCH_BOX(&palm::cpu::linear_cross_entropy_rows));
   m.impl("soft_weak_embedding_fwd", TORCH_BOX(&palm::cpu::soft_weak_embedding_fwd));
   m.impl("soft_weak_embedding_bwd", TORCH_BOX(&palm::cpu::soft_weak_embedding_bwd));
+  m.impl("peak", TORCH_BOX(&palm::cpu::peak));
   m.impl("swiglu_fwd", TORCH_BOX(&palm::cpu::swiglu_fwd));
   m.impl("swiglu_bwd", TORCH_BOX(&palm::cpu::swiglu_bwd));
 }

@@ -1,0 +1,115 @@
+"""The machine under the numbers: its name, the peaks it reaches when a small program asks for nothing else, its memory."""
+
+import ctypes
+import gc
+import os
+import pathlib
+import platform
+import re
+import time
+
+import torch
+
+import palm_kernels  # noqa: F401  loads torch.ops.palm_kernels_cpu
+
+
+def _cpuinfo(key: str) -> str:
+    path = pathlib.Path("/proc/cpuinfo")
+    found = re.search(rf"^{key}\s*:\s*(.+)$", path.read_text(), re.M) if path.exists() else None
+    return found[1].strip() if found else ""
+
+
+def describe(device: str) -> dict:
+    """What a reader needs to know about the machine; "name" is the folder of its results."""
+    cpu = _cpuinfo("model name") or platform.machine()
+    ops = torch.ops.palm_kernels_cpu
+    facts = {
+        "cpu": cpu,
+        "cpu_family_model": f"{_cpuinfo('cpu family')}/{_cpuinfo('model')}",  # clouds hide the model name
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "instruction_set": ops.isa() if hasattr(ops, "isa") else None,
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+    }
+    plain = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", cpu, flags=re.I)
+    name = facts["gpu"] or f"{plain} {facts['cpu_family_model']} {facts['cores']} cores"
+    return {"name": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), **facts}
+
+
+def _fastest(call, device: str, repeats: int) -> float:
+    """Seconds of the fastest of `repeats` calls after one unmeasured: a peak is a best, not a median."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def _unit(dot: bool, repeats: int) -> float | None:
+    """GFLOP/s of every thread's multiply-add (or bf16 dot) unit together; None where there is none to ask."""
+    if not hasattr(torch.ops.palm_kernels_cpu, "peak"):
+        return None
+    out = torch.empty(torch.get_num_threads())
+    length = 2_000_000  # about 5 ms
+    flop = torch.ops.palm_kernels_cpu.peak(length, dot, out)
+    seconds = _fastest(lambda: torch.ops.palm_kernels_cpu.peak(length, dot, out), "cpu", repeats)
+    return flop * out.numel() / seconds / 1e9 if flop > 0 else None
+
+
+def _gemm(dtype: torch.dtype, device: str, size: int, repeats: int) -> float:
+    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    return 2 * size**3 / _fastest(lambda: torch.mm(a, b, out=out), device, repeats) / 1e9
+
+
+def measure_peaks(device: str, size: int = 2048, megabytes: int = 256, repeats: int = 9) -> dict:
+    """GFLOP/s of the units and of torch's square GEMM; GB/s of a copy (bytes read plus bytes written) and of a read."""
+    peaks = {"fma_fp32": None, "dot_bf16": None}
+    if device == "cpu":
+        peaks = {"fma_fp32": _unit(False, repeats), "dot_bf16": _unit(True, repeats)}
+    size, megabytes = (4 * size, 4 * megabytes) if device == "cuda" else (size, megabytes)
+    peaks["gemm_fp32"] = _gemm(torch.float32, device, size, repeats)
+    peaks["gemm_bf16"] = _gemm(torch.bfloat16, device, size, repeats)
+    x = torch.ones(megabytes * 2**18, device=device)
+    y = torch.empty_like(x)
+    peaks["copy"] = 2 * x.nbytes / _fastest(lambda: y.copy_(x), device, repeats) / 1e9
+    peaks["read"] = x.nbytes / min(_fastest(f, device, repeats) for f in (x.sum, lambda: torch.dot(x, x))) / 1e9
+    return peaks
+
+
+def bound(peaks: dict, flops: float, moved: float, dtype: torch.dtype, bandwidth: str) -> tuple[float, str]:
+    """Seconds that the peaks allow for this work, and what limits it: "flops" or "bytes"."""
+    units = ["fma_fp32", "gemm_fp32"] + (["dot_bf16", "gemm_bf16"] if dtype == torch.bfloat16 else [])
+    arithmetic = flops / 1e9 / max(peaks[u] or 0.0 for u in units)
+    memory = moved / 1e9 / peaks[bandwidth]
+    return max((arithmetic, "flops"), (memory, "bytes"))
+
+
+def _status_mb(key: str) -> float:
+    line = next(x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def peak_memory(call, device: str) -> float | None:
+    """MiB that one call held at its height beyond what was there before: outputs, gradients, saved tensors, C++ scratch.
+
+    On the CPU by the kernel's high-water mark of resident memory, after the allocator gave back what it kept; None without it.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = _status_mb("VmRSS")
+        call()
+        return max(0.0, _status_mb("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):
+        return None
