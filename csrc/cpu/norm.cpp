@@ -126,7 +126,7 @@ PALM_INLINE void backward_row(const Norm& p, int64_t r, typename Of<E>::C* dweig
     const V v = load(x + i, n);
     return kCentred ? (v - m) * s : v * s;
   };
-  const auto slope = [&](V d, int64_t i, int64_t n) { return weight ? d * (load(weight + i, n) + offset) : d; };
+  const auto slope = [&](V d, int64_t i, int64_t n) { return weight ? rounded(d * (load(weight + i, n) + offset)) : d; };
   const auto sums = fold<E>(p.cols, [&](int64_t i, int64_t n, V& one, V& two) {
     const V d = load(dout + i, n), h = slope(d, i, n), v = normed(i, n);
     if constexpr (kCentred) one += h;

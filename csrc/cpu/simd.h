@@ -151,6 +151,19 @@ PALM_INLINE typename Of<E>::C load1(const E* p) {
 PALM_INLINE float load1(const float* p) { return *p; }
 PALM_INLINE double load1(const double* p) { return *p; }
 
+// v as rounded: the compiler must not fuse the product that made it into a later sum (where the sum should cancel exactly).
+template <class V>
+PALM_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+#if VB == 64
+  asm("" : "+v"(v));
+#else
+  asm("" : "+x"(v));
+#endif
+#endif
+  return v;
+}
+
 // ---- arithmetic. vmax(a, b) and vmin(a, b) give b where either is NaN (the instruction's rule) ----
 PALM_INLINE vf vmax(vf a, vf b) {
 #if VB == 64

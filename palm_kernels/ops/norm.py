@@ -71,7 +71,7 @@ class RMSNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out, total, rstd = _rms_fwd(x, residual, weight, eps, offset)
         ctx.save_for_backward(x if residual is None else total, weight, rstd)
-        ctx.offset = offset
+        ctx.offset, ctx.summed = offset, residual is not None
         return out, total
 
     @staticmethod
@@ -80,7 +80,7 @@ class RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         dout = x.new_zeros(x.shape) if dout is None else dout
         _, residual, gain, *_ = ctx.needs_input_grad
-        dx, dweight = _rms_bwd(dout, x, weight, rstd, dsum, ctx.offset, gain)
+        dx, dweight = _rms_bwd(dout, x, weight, rstd, dsum if ctx.summed else None, ctx.offset, gain)
         return dx, dx if residual else None, dweight if gain else None, None, None
 
 
@@ -90,7 +90,7 @@ class LayerNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out, total, mean, rstd = _layer_fwd(x, residual, weight, bias, eps, offset)
         ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd)
-        ctx.offset = offset
+        ctx.offset, ctx.summed = offset, residual is not None
         return out, total
 
     @staticmethod
@@ -99,7 +99,7 @@ class LayerNorm(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         dout = x.new_zeros(x.shape) if dout is None else dout
         _, residual, gain, shift, *_ = ctx.needs_input_grad
-        dx, dweight, dbias = _layer_bwd(dout, x, *saved, dsum, ctx.offset, gain or shift)
+        dx, dweight, dbias = _layer_bwd(dout, x, *saved, dsum if ctx.summed else None, ctx.offset, gain or shift)
         return dx, dx if residual else None, dweight if gain else None, dbias if shift else None, None, None
 
 
