@@ -1,0 +1,444 @@
+"""PaLM (Chowdhery 2022, section 2) as Hugging Face models: the trunk, the causal language model, the token classifier.
+
+A head is a PaLMPreTrainedModel with a PaLMModel called `model` and a loss of its own; nothing in the trunk knows about heads.
+Letters in suffixes: B batch, T new tokens, S tokens with the cache's, H heads, K key/value heads, D head dim, C model dim, V vocabulary.
+"""
+
+import dataclasses
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, TokenClassifierOutput
+from transformers.utils import can_return_tuple
+
+from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_not_plain
+from ..ops.attention import attention, attention_decode, attention_varlen
+from ..ops.cross_entropy import cross_entropy, linear_cross_entropy
+from ..ops.soft_weak_embedding import soft_weak_embedding
+from .configuration import PaLMConfig
+
+# transformers renamed this output from past_key_values to cache
+_CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
+DECODE_ROWS = 128  # H * T up to which attention_decode is the faster reader of a cache (API.md)
+
+
+class PaLMBlock(GradientCheckpointingLayer, ParallelBlock):
+    """ParallelBlock with transformers' activation checkpointing around it."""
+
+
+def soft_key_bias(strength: Tensor, kappa: float) -> Tensor:
+    """log(1 - min(kappa strength, 1 - 2^-10)): a softly masked key counts as a fraction of a token (PALM.md E2)."""
+    return torch.log1p(-(kappa * strength).clamp(max=1 - 2**-10))
+
+
+def packed_starts(position_ids_BT: Tensor) -> Tensor:
+    """[B,T] bool: where a sequence begins, in rows that hold several with restarting positions."""
+    starts = torch.ones_like(position_ids_BT, dtype=torch.bool)
+    starts[:, 1:] = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
+    return starts
+
+
+def _attend_packed(q, k, v, *, starts, causal, window, key_bias):
+    """Attention of each packed sequence to itself; q [B,T,H,D], k and v [B,T,K,D], starts int32 [sequences + 1]."""
+    flat_bias = None if key_bias is None else key_bias.expand(q.shape[:2]).flatten()
+    q_, k_, v_ = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    out = attention_varlen(q_, k_, v_, starts, starts, causal=causal, window=window, key_bias=flat_bias)
+    return out.view(q.shape)
+
+
+def _attend_cached(q, k, v, *, cache, layer, key_bias, window, prefix_lengths):
+    """Append k and v [B,T,K,D] to the cache, whose tensors are [B,K,S,D], and attend to all of it."""
+    B, T, H, _ = q.shape
+    k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), layer))
+    S = k.shape[1]
+    if key_bias is not None:
+        dropped = key_bias.shape[1] - S  # a sliding cache has let its oldest keys go
+        key_bias = key_bias[:, dropped:]
+        prefix_lengths = None if prefix_lengths is None else prefix_lengths - dropped
+    if prefix_lengths is None and H * T <= DECODE_ROWS and not torch.is_grad_enabled():
+        lengths = torch.full((B,), S, dtype=torch.int32, device=q.device)
+        return attention_decode(q, k, v, cache_lengths=lengths, key_bias=key_bias, window=window)
+    return attention(q, k, v, causal=True, key_bias=key_bias, window=window, prefix_lengths=prefix_lengths)
+
+
+class PaLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation; `kernels()` says which path each block takes."""
+
+    config: PaLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PaLMBlock"]  # noqa: RUF012 (transformers' own attribute, never changed)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Kernels N(0, 1/sqrt(n_in)), embeddings N(0,1), gains 1, no biases (PaLM section 5).
+
+        Only torch.nn.init writes parameters here: transformers makes those skip what a checkpoint has loaded.
+        """
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.embedding_std)
+        elif isinstance(module, nn.Linear):
+            fan_in_init_(module.weight, self.config.initializer_factor)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm | LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, RotaryEmbedding):
+            module.reset_tables()
+
+    def kernels(self) -> dict[str, str]:
+        """Block name: "parallel_block" (the fused op), or "composition: why" (its children one by one, with our ops)."""
+        return {name: block.path() for name, block in self.named_modules() if isinstance(block, ParallelBlock)}
+
+
+class PaLMModel(PaLMPreTrainedModel):
+    """The trunk: token embeddings, parallel blocks, a final norm."""
+
+    def __init__(self, config: PaLMConfig):
+        super().__init__(config)
+        C = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, C)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.rotary = RotaryEmbedding(
+            config.rotary_dim,
+            max_positions=config.max_position_embeddings,
+            base=config.rope_theta,
+            interleaved=config.rope_type == "interleaved",
+        )
+        self.layers = nn.ModuleList(
+            PaLMBlock(
+                C,
+                config.num_attention_heads,
+                config.head_dim,
+                config.intermediate_size,
+                kv_heads=config.num_key_value_heads,
+                norm=config.norm,
+                eps=config.norm_eps,
+                norm_offset=config.norm_offset,
+                interleaved=self.rotary.interleaved,
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = (RMSNorm if config.norm == "rms_norm" else LayerNorm)(
+            C, eps=config.norm_eps, offset=config.norm_offset
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        prefix_lengths: Tensor | None = None,
+        strength: Tensor | None = None,
+        source_ids: Tensor | None = None,
+        kappa: float = 0.0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B,T,C] of input_ids [B,T] (or inputs_embeds [B,T,C]).
+
+        attention_mask [B,S] 0/1 or bool: False keys are removed; S counts the cached tokens too. Positions follow it (left padding).
+        position_ids [B,T] or [1,T]; restarting ones without attention_mask mean packed rows, each sequence attends to itself.
+        use_cache: None means only if a cache is given, since a cache costs the fused block (`generate` asks for one).
+        strength [B,T] float32 in [0,1], source_ids [B,T]: soft weak masking (absent: the row of config.mask_token_id); kappa: its
+        attention half. prefix_lengths int32 [B] counts from column 0, padding included, and needs config.attention "prefix".
+        """
+        if output_attentions or self.config.output_attentions:
+            raise ValueError("PaLMModel: output_attentions is not available, the kernels never hold the attention matrix")
+        cache = past_key_values if cache is None else cache
+        x_BTC = self._embed(input_ids, inputs_embeds, strength, source_ids)
+        B, T, _ = x_BTC.shape
+        cache = self._cache(cache, use_cache)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        attention_mask = self._check_mask(attention_mask, B, past + T)
+        mask = self._mask(attention_mask, strength, kappa, prefix_lengths, cached=past > 0)
+        if attention_mask is None and position_ids is not None and cache is None:
+            attends = self._packed(position_ids, mask, B, T)
+        else:
+            attends = self._cached(cache, mask, B, past + T, x_BTC.device)
+        positions = self._positions(position_ids, attention_mask, past, T, x_BTC.device)
+        want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = [x_BTC] if want_states else []
+        for i, layer in enumerate(self.layers):
+            attend = None if attends is None else partial(attends, layer=i) if cache is not None else attends
+            x_BTC = layer(x_BTC, self.rotary.cos, self.rotary.sin, positions=positions, attend=attend, **mask)
+            if want_states:
+                states.append(x_BTC)
+        x_BTC = self.norm(x_BTC)
+        if want_states:
+            states[-1] = x_BTC
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BTC, hidden_states=tuple(states) if want_states else None, **{_CACHE: cache}
+        )
+
+    def _embed(self, input_ids, inputs_embeds, strength, source_ids) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("PaLMModel: give either input_ids or inputs_embeds")
+        if strength is None:
+            if source_ids is not None:
+                raise ValueError("PaLMModel: source_ids without strength, pass both")
+            embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            return self.embedding_dropout(embedded)
+        if input_ids is None:
+            raise ValueError("PaLMModel: strength mixes token embeddings, give input_ids, not inputs_embeds")
+        mask_id = self.config.mask_token_id
+        if mask_id is None and source_ids is None:
+            raise ValueError("PaLMModel: strength needs source_ids or config.mask_token_id")
+        if source_ids is None:
+            source_ids = torch.full_like(input_ids, mask_id)
+        elif mask_id is not None:
+            source_ids = torch.where(source_ids >= 0, source_ids, mask_id)
+        table = self.embed_tokens
+        if why_not_plain("embed_tokens", table, nn.Embedding, strength) is None:
+            mixed = soft_weak_embedding(input_ids, table.weight, strength, source_ids=source_ids)
+        else:  # a wrapped table: only the module knows its rows
+            row, source, a = table(input_ids), table(source_ids.clamp(min=0)), strength[..., None]
+            source = source.masked_fill((source_ids < 0)[..., None], 0.0)
+            mixed = ((1 - a) * row + a * source).to(row.dtype)
+        return self.embedding_dropout(mixed)
+
+    def _cache(self, cache, use_cache):
+        """The cache to fill: the given one, a new one if asked for, else None."""
+        if use_cache is False or (cache is None and not use_cache):
+            return None
+        if self.config.attention == "bidirectional":
+            raise ValueError("PaLMModel: a cache needs attention 'causal' or 'prefix', the config says 'bidirectional'")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("PaLMModel: a cache and gradient checkpointing exclude each other: pass use_cache=False")
+        return DynamicCache(config=self.config) if cache is None else cache
+
+    @staticmethod
+    def _check_mask(attention_mask, B, S) -> Tensor | None:
+        """attention_mask as bool [B,S], or an error that says what would do."""
+        if attention_mask is None:
+            return None
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            given = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+            raise ValueError(
+                f"PaLMModel: attention_mask is {given}, need [B,S] of 0/1 or bool; causal, prefix and window masks are the config's"
+                " (static caches, which need 4-D masks, are not supported: use cache_implementation='dynamic')"
+            )
+        if attention_mask.shape != (B, S):
+            raise ValueError(
+                f"PaLMModel: attention_mask has shape {list(attention_mask.shape)}, need [B,S] = {[B, S]} (cached tokens included)"
+            )
+        return attention_mask != 0
+
+    def _mask(self, attention_mask, strength, kappa, prefix_lengths, cached) -> dict:
+        """The mask keywords of `parallel_block`."""
+        mode, window = self.config.attention, self.config.sliding_window
+        if prefix_lengths is not None and mode != "prefix":
+            raise ValueError(f"PaLMModel: prefix_lengths needs config.attention = 'prefix', it is {mode!r}")
+        if mode == "bidirectional" and window is not None:
+            window = (window, window)
+        key_bias = attention_mask
+        if strength is not None and kappa:
+            if cached:
+                raise ValueError("PaLMModel: kappa > 0 needs all keys in one call, not a filled cache")
+            key_bias = soft_key_bias(strength, kappa)
+            if attention_mask is not None:
+                key_bias = key_bias.masked_fill(~attention_mask, -torch.inf)
+        return {
+            "causal": mode != "bidirectional",
+            "key_bias": key_bias,
+            "window": window,
+            "prefix_lengths": None if prefix_lengths is None else prefix_lengths.to(torch.int32),
+        }
+
+    @staticmethod
+    def _packed(position_ids, mask, B, T):
+        """The attention of packed rows, or None where each row is one sequence."""
+        starts_BT = packed_starts(position_ids.expand(B, T))
+        if not starts_BT[:, 1:].any():
+            return None
+        if mask["prefix_lengths"] is not None:
+            raise ValueError("PaLMModel: prefix_lengths and packed rows exclude each other")
+        bounds = F.pad(starts_BT.flatten().nonzero()[:, 0], (0, 1), value=B * T).to(torch.int32)
+        rest = {k: mask[k] for k in ("causal", "window", "key_bias")}
+        return partial(_attend_packed, starts=bounds, **rest)
+
+    @staticmethod
+    def _cached(cache, mask, B, S, device):
+        """The attention over a cache (its layer still to be named), or None without one."""
+        if cache is None:
+            return None
+        key_bias = mask["key_bias"]
+        if key_bias is None:
+            key_bias = torch.ones(B, S, dtype=torch.bool, device=device) if mask["prefix_lengths"] is not None else None
+        rest = {"key_bias": key_bias, "window": mask["window"], "prefix_lengths": mask["prefix_lengths"]}
+        return partial(_attend_cached, cache=cache, **rest)
+
+    def _positions(self, position_ids, attention_mask, past, T, device) -> Tensor | None:
+        """[T] or [B,T] positions, None for 0..T-1: given, else counted by the mask, else by the cache."""
+        if position_ids is not None:
+            positions = position_ids[0] if position_ids.dim() == 2 and position_ids.shape[0] == 1 else position_ids
+        elif attention_mask is not None:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        else:
+            positions = torch.arange(past, past + T, device=device) if past else None
+        limit = self.config.max_position_embeddings
+        if past + T > limit and (positions is None or int(positions.max()) >= limit):
+            raise ValueError(f"PaLMModel: {past + T} tokens, max_position_embeddings is {limit}: cut or split the input")
+        return positions
+
+
+class PaLMForCausalLM(PaLMPreTrainedModel, GenerationMixin):
+    """The trunk with a language-model head, tied to the embeddings unless the config says otherwise."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own attribute)
+
+    def __init__(self, config: PaLMConfig):
+        super().__init__(config)
+        self.model = PaLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        prefix_lengths: Tensor | None = None,
+        strength: Tensor | None = None,
+        source_ids: Tensor | None = None,
+        kappa: float = 0.0,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B,T,V] = logit_scale * lm_head(hidden), and with labels [B,T] (unshifted, -100 ignored) the loss.
+
+        The loss is the mean over labelled tokens (or the sum / num_items_in_batch) of the negative log-likelihood + z_loss (log Z)^2.
+        In training mode labels give logits=None, and only labelled rows meet the head; return_logits=True asks for both.
+        logits_to_keep: the last so many positions, or the positions of a 1-D tensor. The rest as in PaLMModel.
+        """
+        num_items = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=past_key_values if cache is None else cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            prefix_lengths=prefix_lengths,
+            strength=strength,
+            source_ids=source_ids,
+            kappa=kappa,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_BTC = outputs.last_hidden_state
+        logits = None
+        if return_logits or (return_logits is None and (labels is None or not self.training)):
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_BTC[:, keep] if isinstance(keep, Tensor) or logits_to_keep else hidden_BTC)
+        loss = None
+        if labels is not None:
+            whole = logits is not None and logits.shape[1] == hidden_BTC.shape[1]
+            loss = self._loss(hidden_BTC, logits if whole else None, labels, num_items)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=None if logits is None else logits * self.config.logit_scale,
+            hidden_states=outputs.hidden_states,
+            **{_CACHE: outputs[_CACHE] if _CACHE in outputs else None},
+        )
+
+    def _loss(self, hidden_BTC, logits_BTV, labels_BT, num_items) -> Tensor:
+        """The shifted loss, from the unscaled logits where they are there and else without ever holding them."""
+        if labels_BT.shape != hidden_BTC.shape[:2]:
+            raise ValueError(
+                f"PaLMForCausalLM: labels have shape {list(labels_BT.shape)}, need [B,T] = {list(hidden_BTC.shape[:2])}"
+            )
+        targets = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
+        keywords = {
+            "z_loss": self.config.z_loss,
+            "logit_scale": self.config.logit_scale,
+            "reduction": "mean" if num_items is None else "sum",
+        }
+        head = self.lm_head
+        if logits_BTV is None and why_not_plain("lm_head", head, nn.Linear, hidden_BTC):
+            logits_BTV = head(hidden_BTC)  # LoRA, a quantised head: only the module knows its product
+        if logits_BTV is None:
+            loss = linear_cross_entropy(hidden_BTC, head.weight, targets, linear_bias=head.bias, **keywords)
+        else:
+            loss = cross_entropy(logits_BTV, targets, **keywords)
+        return loss if num_items is None else loss / num_items
+
+
+class PaLMForTokenClassification(PaLMPreTrainedModel):
+    """The trunk with a classifier of each token (named entities): logits [B,T,num_labels]."""
+
+    def __init__(self, config: PaLMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = PaLMModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        weights = config.class_weights
+        if weights is not None and len(weights) != config.num_labels:
+            raise ValueError(f"PaLMForTokenClassification: {len(weights)} class_weights for {config.num_labels} labels")
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache=None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        prefix_lengths: Tensor | None = None,
+        strength: Tensor | None = None,
+        source_ids: Tensor | None = None,
+        kappa: float = 0.0,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """Logits [B,T,num_labels] in float32, and with labels [B,T] (-100 ignored) their class-weighted mean cross entropy.
+
+        With num_items_in_batch the loss is the sum divided by it. The rest as in PaLMModel.
+        """
+        num_items = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=past_key_values if cache is None else cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            prefix_lengths=prefix_lengths,
+            strength=strength,
+            source_ids=source_ids,
+            kappa=kappa,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = None
+        if labels is not None:
+            weights = self.config.class_weights
+            weight = None if weights is None else torch.tensor(weights, dtype=logits.dtype, device=logits.device)
+            loss = cross_entropy(logits, labels, weight=weight, reduction="mean" if num_items is None else "sum")
+            loss = loss if num_items is None else loss / num_items
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
