@@ -139,9 +139,10 @@ class MultiQueryAttention(nn.Module):
         if cos is not None:
             q = rotary(q, cos, sin, positions=positions, interleaved=interleaved)
             k = rotary(k, cos, sin, positions=positions, interleaved=interleaved)
-        out, lse = attention(q, k, v, return_lse=True, **keywords) if return_lse else (attention(q, k, v, **keywords), None)
-        out = self.out_proj(out.flatten(-2))
-        return (out, lse) if return_lse else out
+        if return_lse:
+            out, lse = attention(q, k, v, return_lse=True, **keywords)
+            return self.out_proj(out.flatten(-2)), lse
+        return self.out_proj(attention(q, k, v, **keywords).flatten(-2))
 
 
 def why_not_plain(name: str, module: nn.Module, kind: type, x: Tensor | None = None) -> str | None:
@@ -207,7 +208,9 @@ class ParallelBlock(nn.Module):
         reason = self.why_composed()
         return "parallel_block" if reason is None else f"composition: {reason}"
 
-    def forward(self, x, cos, sin, *, causal=True, key_bias=None, window=None, prefix_lengths=None, positions=None, attend=None):
+    def forward(
+        self, x, cos, sin, *, causal=True, key_bias=None, window=None, prefix_lengths=None, positions=None, attend=None
+    ):
         """x [B, T, dim], cos and sin as `rotary_tables` gives them, the rest as in `parallel_block` -> [B, T, dim].
 
         attend(q, k, v) [B, T, heads, head_dim], where given, stands in for `attention` under these masks (a cache, packed rows).

@@ -1,5 +1,6 @@
 """PaLMTokenizer loses nothing, spells no special or byte token from text, and keeps words apart."""
 
+import itertools
 import pickle
 
 import pytest
@@ -102,12 +103,17 @@ def test_each_word_starts_a_token(tokenizer, words):
 
 
 def test_words_meet_the_pieces_of_running_text(tokenizer):
-    words = "the lazy dog in Argentina".split()
-    assert tokenizer(words, is_split_into_words=True)["input_ids"] == tokenizer(" the lazy dog in Argentina")["input_ids"]
+    words = ["the", "lazy", "dog", "in", "Argentina"]
+    assert (
+        tokenizer(words, is_split_into_words=True)["input_ids"] == tokenizer(" the lazy dog in Argentina")["input_ids"]
+    )
     assert tokenizer("the dog")["input_ids"] == tokenizer("the dog")["input_ids"]  # the prefix is gone again
     batch = tokenizer([["the", "dog"], ["fox"]], is_split_into_words=True, padding=True, return_tensors="pt")
     assert batch["input_ids"].shape == batch["attention_mask"].shape
-    assert batch["attention_mask"].sum(-1).tolist() == [len(batch.word_ids(0)), sum(w is not None for w in batch.word_ids(1))]
+    assert batch["attention_mask"].sum(-1).tolist() == [
+        len(batch.word_ids(0)),
+        sum(w is not None for w in batch.word_ids(1)),
+    ]
 
 
 def test_empty_words_have_no_token(tokenizer):
@@ -119,7 +125,7 @@ def test_offsets_of_text(tokenizer):
     encoded = tokenizer(text, return_offsets_mapping=True)
     spans = encoded["offset_mapping"]
     assert spans[0][0] == 0 and spans[-1][1] == len(text)
-    assert all(a[1] == b[0] or a == b for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] == b[0] or a == b for a, b in itertools.pairwise(spans))
 
 
 def test_save_and_load(tokenizer, tmp_path):

@@ -6,9 +6,27 @@ from transformers import PreTrainedConfig
 
 _PALM = {"head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 2048, "z_loss": 1e-4}
 PRESETS = {
-    "palm-tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 1024},
-    "palm-mini": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 48, "vocab_size": 4096},
-    "palm-small": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "head_dim": 64, "vocab_size": 8192},
+    "palm-tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "vocab_size": 1024,
+    },
+    "palm-mini": {
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "head_dim": 48,
+        "vocab_size": 4096,
+    },
+    "palm-small": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "head_dim": 64,
+        "vocab_size": 8192,
+    },
     "palm-150m": {
         "hidden_size": 768,
         "num_hidden_layers": 12,
@@ -34,7 +52,7 @@ class PaLMConfig(PreTrainedConfig):
     intermediate_size: None means 4 * hidden_size. head_dim: None means hidden_size // num_attention_heads; heads * head_dim need
     not equal hidden_size (in palm-540b it does not).
     logit_scale: factor of the logits, None means 1 / sqrt(hidden_size), computed once and stored.
-    norm, norm_eps, norm_offset: "rms_norm" | "layer_norm", scale only; the gain is weight + norm_offset, weights start at 1 - norm_offset.
+    norm, norm_eps, norm_offset: "rms_norm" | "layer_norm", scale only; the gain is weight + norm_offset and starts at 1.
     rope_type: "half" (PaLM, Llama) | "interleaved" (GPT-J, Cohere); partial_rotary_factor: the share of head_dim that is rotated.
     attention: "causal" | "bidirectional" | "prefix" (causal, but the first prefix_lengths[b] tokens of a row see each other).
     sliding_window: keys that a query sees, itself included (causal); on each side of it (bidirectional).
@@ -48,11 +66,11 @@ class PaLMConfig(PreTrainedConfig):
 
     vocab_size: int = 4096
     hidden_size: int = 192
-    intermediate_size: int | None = None
+    intermediate_size: int = None  # type: ignore[assignment]
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 1
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]
     max_position_embeddings: int = 512
     norm: str = "rms_norm"
     norm_eps: float = 1e-6
@@ -62,7 +80,7 @@ class PaLMConfig(PreTrainedConfig):
     partial_rotary_factor: float = 1.0
     attention: str = "causal"
     sliding_window: int | None = None
-    logit_scale: float | None = None
+    logit_scale: float = None  # type: ignore[assignment]
     z_loss: float = 0.0
     tie_word_embeddings: bool = True
     embedding_std: float = 1.0

@@ -1,7 +1,7 @@
 """PaLM (Chowdhery 2022, section 2) as Hugging Face models: the trunk, the causal language model, the token classifier.
 
 A head is a PaLMPreTrainedModel with a PaLMModel called `model` and a loss of its own; nothing in the trunk knows about heads.
-Letters in suffixes: B batch, T new tokens, S tokens with the cache's, H heads, K key/value heads, D head dim, C model dim, V vocabulary.
+Letters: B batch, T new tokens, S tokens with the cache's, H heads, K key/value heads, D head dim, C model dim, V vocabulary.
 """
 
 import dataclasses
@@ -50,19 +50,18 @@ def _attend_packed(q, k, v, *, starts, causal, window, key_bias):
     return out.view(q.shape)
 
 
-def _attend_cached(q, k, v, *, cache, layer, key_bias, window, prefix_lengths):
-    """Append k and v [B,T,K,D] to the cache, whose tensors are [B,K,S,D], and attend to all of it."""
+def _attend_cached(q, k, v, *, cache, layer, total, mask):
+    """Append k and v [B,T,K,D] to the cache, whose tensors are [B,K,S,D], and attend to all it holds of `total` tokens."""
     B, T, H, _ = q.shape
     k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), layer))
     S = k.shape[1]
-    if key_bias is not None:
-        dropped = key_bias.shape[1] - S  # a sliding cache has let its oldest keys go
-        key_bias = key_bias[:, dropped:]
-        prefix_lengths = None if prefix_lengths is None else prefix_lengths - dropped
-    if prefix_lengths is None and H * T <= DECODE_ROWS and not torch.is_grad_enabled():
+    dropped = total - S  # a sliding cache has let its oldest keys go
+    key_bias = None if mask["key_bias"] is None else mask["key_bias"][:, dropped:]
+    if mask["prefix_lengths"] is None and H * T <= DECODE_ROWS and not torch.is_grad_enabled():
         lengths = torch.full((B,), S, dtype=torch.int32, device=q.device)
-        return attention_decode(q, k, v, cache_lengths=lengths, key_bias=key_bias, window=window)
-    return attention(q, k, v, causal=True, key_bias=key_bias, window=window, prefix_lengths=prefix_lengths)
+        return attention_decode(q, k, v, cache_lengths=lengths, key_bias=key_bias, window=mask["window"])
+    prefix_lengths = None if mask["prefix_lengths"] is None else mask["prefix_lengths"] - dropped
+    return attention(q, k, v, causal=True, key_bias=key_bias, window=mask["window"], prefix_lengths=prefix_lengths)
 
 
 class PaLMPreTrainedModel(PreTrainedModel):
@@ -156,7 +155,9 @@ class PaLMModel(PaLMPreTrainedModel):
         attention half. prefix_lengths int32 [B] counts from column 0, padding included, and needs config.attention "prefix".
         """
         if output_attentions or self.config.output_attentions:
-            raise ValueError("PaLMModel: output_attentions is not available, the kernels never hold the attention matrix")
+            raise ValueError(
+                "PaLMModel: output_attentions is not available, the kernels never hold the attention matrix"
+            )
         cache = past_key_values if cache is None else cache
         x_BTC = self._embed(input_ids, inputs_embeds, strength, source_ids)
         B, T, _ = x_BTC.shape
@@ -164,15 +165,16 @@ class PaLMModel(PaLMPreTrainedModel):
         past = 0 if cache is None else int(cache.get_seq_length())
         attention_mask = self._check_mask(attention_mask, B, past + T)
         mask = self._mask(attention_mask, strength, kappa, prefix_lengths, cached=past > 0)
-        if attention_mask is None and position_ids is not None and cache is None:
-            attends = self._packed(position_ids, mask, B, T)
-        else:
-            attends = self._cached(cache, mask, B, past + T, x_BTC.device)
+        packed = None
+        if cache is None and attention_mask is None and position_ids is not None:
+            packed = self._packed(position_ids, mask, B, T)
         positions = self._positions(position_ids, attention_mask, past, T, x_BTC.device)
         want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x_BTC] if want_states else []
         for i, layer in enumerate(self.layers):
-            attend = None if attends is None else partial(attends, layer=i) if cache is not None else attends
+            attend = (
+                packed if cache is None else partial(_attend_cached, cache=cache, layer=i, total=past + T, mask=mask)
+            )
             x_BTC = layer(x_BTC, self.rotary.cos, self.rotary.sin, positions=positions, attend=attend, **mask)
             if want_states:
                 states.append(x_BTC)
@@ -194,9 +196,9 @@ class PaLMModel(PaLMPreTrainedModel):
         if input_ids is None:
             raise ValueError("PaLMModel: strength mixes token embeddings, give input_ids, not inputs_embeds")
         mask_id = self.config.mask_token_id
-        if mask_id is None and source_ids is None:
-            raise ValueError("PaLMModel: strength needs source_ids or config.mask_token_id")
         if source_ids is None:
+            if mask_id is None:
+                raise ValueError("PaLMModel: strength needs source_ids or config.mask_token_id")
             source_ids = torch.full_like(input_ids, mask_id)
         elif mask_id is not None:
             source_ids = torch.where(source_ids >= 0, source_ids, mask_id)
@@ -269,17 +271,6 @@ class PaLMModel(PaLMPreTrainedModel):
         rest = {k: mask[k] for k in ("causal", "window", "key_bias")}
         return partial(_attend_packed, starts=bounds, **rest)
 
-    @staticmethod
-    def _cached(cache, mask, B, S, device):
-        """The attention over a cache (its layer still to be named), or None without one."""
-        if cache is None:
-            return None
-        key_bias = mask["key_bias"]
-        if key_bias is None:
-            key_bias = torch.ones(B, S, dtype=torch.bool, device=device) if mask["prefix_lengths"] is not None else None
-        rest = {"key_bias": key_bias, "window": mask["window"], "prefix_lengths": mask["prefix_lengths"]}
-        return partial(_attend_cached, cache=cache, **rest)
-
     def _positions(self, position_ids, attention_mask, past, T, device) -> Tensor | None:
         """[T] or [B,T] positions, None for 0..T-1: given, else counted by the mask, else by the cache."""
         if position_ids is not None:
@@ -290,7 +281,9 @@ class PaLMModel(PaLMPreTrainedModel):
             positions = torch.arange(past, past + T, device=device) if past else None
         limit = self.config.max_position_embeddings
         if past + T > limit and (positions is None or int(positions.max()) >= limit):
-            raise ValueError(f"PaLMModel: {past + T} tokens, max_position_embeddings is {limit}: cut or split the input")
+            raise ValueError(
+                f"PaLMModel: {past + T} tokens, max_position_embeddings is {limit}: cut or split the input"
+            )
         return positions
 
 
@@ -358,10 +351,10 @@ class PaLMForCausalLM(PaLMPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=None if logits is None else logits * self.config.logit_scale,
             hidden_states=outputs.hidden_states,
-            **{_CACHE: outputs[_CACHE] if _CACHE in outputs else None},
+            **{_CACHE: outputs.get(_CACHE)},
         )
 
-    def _loss(self, hidden_BTC, logits_BTV, labels_BT, num_items) -> Tensor:
+    def _loss(self, hidden_BTC, logits_BTV, labels_BT, num_items):
         """The shifted loss, from the unscaled logits where they are there and else without ever holding them."""
         if labels_BT.shape != hidden_BTC.shape[:2]:
             raise ValueError(

@@ -87,7 +87,9 @@ class PaLMTokenizer(PreTrainedTokenizerFast):
         if room < 0:
             raise ValueError(f"PaLMTokenizer.train: vocab_size is {vocab_size}, need at least {vocab_size - room}")
         if isinstance(texts, str):
-            raise TypeError("PaLMTokenizer.train: texts is one string, need an iterable of strings or of lists of words")
+            raise TypeError(
+                "PaLMTokenizer.train: texts is one string, need an iterable of strings or of lists of words"
+            )
         pieces, merges = _learn(texts, room, min_frequency)
         vocab = {token: i for i, token in enumerate((*SPECIALS, *BYTES, *pieces))}
         return cls(tokenizer_object=_backend(vocab, merges), **kwargs)
@@ -95,8 +97,8 @@ class PaLMTokenizer(PreTrainedTokenizerFast):
     def _encode_plus(self, text, *args, is_split_into_words: bool = False, **kwargs):
         if not is_split_into_words:
             return super()._encode_plus(text, *args, **kwargs)
-        self._tokenizer.normalizer = normalizers.Prepend(" ")  # the only way that keeps offsets within the given word
+        self.backend_tokenizer.normalizer = normalizers.Prepend(" ")  # the only way that keeps offsets within the given word
         try:
             return super()._encode_plus(text, *args, is_split_into_words=True, **kwargs)
         finally:
-            self._tokenizer.normalizer = None
+            self.backend_tokenizer.normalizer = None

@@ -1,0 +1,593 @@
+"""The models: kernels against the reference backend, Hugging Face's conventions, and every mask through the trunk."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, DynamicCache
+
+import palm_kernels as pk
+from palm_kernels.models import PaLMConfig, PaLMForCausalLM, PaLMForTokenClassification, PaLMModel, PaLMTokenizer
+
+SHAPES = {
+    "default": {},
+    "layer_norm, grouped, interleaved": {
+        "norm": "layer_norm",
+        "norm_offset": 0.0,
+        "num_key_value_heads": 2,
+        "rope_type": "interleaved",
+        "partial_rotary_factor": 0.5,
+    },
+    "bidirectional": {"attention": "bidirectional"},
+    "bidirectional, window": {"attention": "bidirectional", "sliding_window": 3},
+    "window": {"sliding_window": 4},
+    "prefix": {"attention": "prefix"},
+    "odd": {"hidden_size": 50, "num_attention_heads": 3, "head_dim": 20, "intermediate_size": 70, "vocab_size": 101},
+    "untied": {"tie_word_embeddings": False, "z_loss": 1e-3},
+}
+
+
+def tiny(**fields):
+    return PaLMConfig.preset("palm-tiny", **{"vocab_size": 120, "hidden_size": 48, "head_dim": 12, **fields})
+
+
+def build(kind=PaLMForCausalLM, seed=0, **fields):
+    torch.manual_seed(seed)
+    return kind(tiny(**fields)).eval()
+
+
+def batch(B=3, T=13, V=100, seed=1):
+    """ids, a mask with left and right padding, labels of the unpadded tokens, some ignored."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, V, (B, T), generator=g)
+    mask = torch.ones(B, T, dtype=torch.long)
+    mask[0, : T // 3] = 0
+    mask[-1, -(T // 4) :] = 0
+    labels = torch.randint(0, V, (B, T), generator=g).masked_fill(mask == 0, -100)
+    return ids, mask, labels.masked_fill(torch.rand(B, T, generator=g) < 0.2, -100)
+
+
+def extras(model):
+    if model.config.attention == "prefix":
+        return {"prefix_lengths": torch.tensor([6, 0, 3], dtype=torch.int32)}
+    return {}
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    out = model(**inputs)
+    out.loss.backward()
+    return out.loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+def cache_of(out):
+    """The output's cache, under the name that this version of transformers gives it."""
+    return out["cache"] if "cache" in out else out.get("past_key_values")
+
+
+def same(a, b, tolerance=2e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# kernels against the reference
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [PaLMForCausalLM, PaLMForTokenClassification])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_equal_the_reference(kind, shape, dtype):
+    fields = {"num_labels": 100, "initializer_factor": 1.5, **SHAPES[shape]}
+    model = build(kind, **fields).to(dtype).train()
+    ids, mask, labels = batch()
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, **extras(model)}
+    seen = mask.bool()
+    assert set(model.kernels().values()) == {"parallel_block"}
+
+    def everything(m):
+        loss, grads = gradients(m, **inputs)
+        with torch.no_grad():
+            logits = m.eval()(**{**inputs, "labels": None}).logits[seen]
+        m.train()
+        return [loss, logits, *grads]
+
+    ours = everything(model)
+    with pk.backend("reference"):
+        yardstick = everything(model)
+        truth = everything(model.double())
+    names = ["loss", "logits", *(n for n, _ in model.named_parameters())]
+    for name, *three in zip(names, ours, yardstick, truth, strict=True):
+        assert_close(*three, dtype, dout_rms=0.0, what=name)
+
+
+def loss_curve(steps=20):
+    model = build(initializer_factor=1.0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(steps):
+        ids = batch(4, 16, seed=step % 4)[0]
+        loss, _ = gradients(model, input_ids=ids, labels=ids)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_loss_curve_is_the_references():
+    ours = loss_curve()
+    with pk.backend("reference"):
+        theirs = loss_curve()
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours[-1] < ours[0] - 0.5
+
+
+def test_causal_means_causal():
+    model, (ids, _, _) = build(), batch()
+    other = ids.clone()
+    other[:, 7:] = 5
+    same(model(ids).logits[:, :7], model(other).logits[:, :7])
+    model = build(attention="bidirectional")
+    assert not torch.allclose(model(ids).logits[:, 0], model(other).logits[:, 0], atol=1e-3)
+
+
+def test_torch_compile():
+    model, (ids, mask, labels) = build().train(), batch()
+    expected = gradients(model, input_ids=ids, attention_mask=mask, labels=labels)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    model.zero_grad()
+    loss = compiled(input_ids=ids, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    same(loss, expected[0])
+    for p, grad in zip(model.parameters(), expected[1], strict=True):
+        same(p.grad, grad)
+    same(torch.compile(model.model, backend="aot_eager", fullgraph=True)(ids).last_hidden_state, model.model(ids)[0])
+
+
+# sizes, initialisation, files
+
+
+@pytest.mark.parametrize(
+    "name, total, per_block",
+    [
+        ("palm-8b", 8.6320e9, 236_982_272),
+        ("palm-62b", 62.4957e9, 943_726_592),
+        ("palm-540b", 540.3565e9, 4_539_303_936),
+    ],
+)
+def test_parameter_counts_of_the_paper(name, total, per_block):
+    with torch.device("meta"):
+        model = PaLMForCausalLM(PaLMConfig.preset(name))
+    assert model.num_parameters() == pytest.approx(total, rel=1e-5)
+    assert sum(p.numel() for p in model.model.layers[0].parameters()) == per_block
+    assert not [n for n, _ in model.named_parameters() if "bias" in n]
+
+
+@pytest.mark.parametrize("norm_offset", [0.0, 1.0])
+def test_initialisation(norm_offset):
+    model = build(hidden_size=200, intermediate_size=800, vocab_size=1000, norm_offset=norm_offset)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(1.0, rel=0.02)
+    for layer in model.model.layers:
+        for linear in (layer.in_proj, layer.out_proj):
+            assert linear.weight.std().item() == pytest.approx(linear.in_features**-0.5, rel=0.02)
+        assert torch.equal(layer.norm.weight, torch.full_like(layer.norm.weight, 1 - norm_offset))
+    assert model.config.logit_scale == pytest.approx(1 / math.sqrt(200))
+    logits = model(batch()[0]).logits
+    assert 0.5 < logits.std().item() < 3
+
+
+def files(model, path, **keywords):
+    model.save_pretrained(path)
+    assert (path / "model.safetensors").exists()
+    return type(model).from_pretrained(path, **keywords)
+
+
+@pytest.mark.parametrize("kind", [PaLMModel, PaLMForCausalLM, PaLMForTokenClassification])
+@pytest.mark.parametrize("tie", [True, False])
+def test_save_and_load(kind, tie, tmp_path):
+    model = build(kind, tie_word_embeddings=tie, logit_scale=0.3, num_labels=5, attention="bidirectional")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)  # so that a fresh initialisation cannot pass for the file's
+    loaded = files(model, tmp_path)
+    assert loaded.config.logit_scale == 0.3 and loaded.config.attention == "bidirectional"
+    assert loaded.config.to_diff_dict().keys() == model.config.to_diff_dict().keys()
+    for (name, a), b in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    rotary = (model if kind is PaLMModel else model.model).rotary
+    assert torch.equal((loaded if kind is PaLMModel else loaded.model).rotary.cos, rotary.cos)
+    ids, mask, _ = batch()
+    assert torch.equal(loaded.eval()(ids, mask)[0], model(ids, mask)[0])
+    if kind is PaLMForCausalLM:
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tie
+
+
+def test_load_in_bfloat16(tmp_path):
+    model = build(max_position_embeddings=300)
+    loaded = files(model, tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16 and loaded.model.rotary.cos.dtype == torch.float32
+    assert torch.equal(loaded.model.rotary.cos, model.model.rotary.cos)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = batch()[0]
+    same(loaded(ids).logits.float(), model.bfloat16()(ids).logits.float())
+
+
+def test_a_trunk_under_another_head(tmp_path):
+    trunk = build(PaLMForCausalLM, seed=3)
+    trunk.save_pretrained(tmp_path)
+    tagger = PaLMForTokenClassification.from_pretrained(tmp_path, num_labels=7, attention="bidirectional")
+    assert torch.equal(tagger.model.layers[1].in_proj.weight, trunk.model.layers[1].in_proj.weight)
+    assert tagger.score.weight.shape == (7, 48) and tagger.score.weight.std().item() == pytest.approx(48**-0.5, rel=0.2)
+    assert not tagger.score.bias.any() and tagger.config.attention == "bidirectional"
+
+
+def test_auto_classes(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is PaLMConfig
+    assert type(AutoModel.from_pretrained(tmp_path)) is PaLMModel
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is PaLMForCausalLM
+    assert type(AutoModelForTokenClassification.from_pretrained(tmp_path)) is PaLMForTokenClassification
+
+
+def test_resized_vocabulary():
+    model, ids = build(), batch()[0]
+    before = model(ids).logits
+    model.resize_token_embeddings(130)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.shape[0] == 130
+    same(model(ids).logits[..., :120], before)
+
+
+def test_import_is_light():
+    code = "import sys, palm_kernels; sys.exit(bool({'transformers', 'triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# losses
+
+
+def test_language_model_loss():
+    model, (ids, mask, labels) = build(z_loss=1e-2), batch()
+    out = model(ids, mask, labels=labels)
+    z, y = out.logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten()
+    kept = y != -100
+    nll = F.cross_entropy(z[kept], y[kept], reduction="sum") + 1e-2 * torch.logsumexp(z[kept], -1).square().sum()
+    same(out.loss.double(), nll / kept.sum())
+    trained = model.train()(ids, mask, labels=labels)
+    assert trained.logits is None
+    same(trained.loss, out.loss)
+    both = model(ids, mask, labels=labels, return_logits=True)
+    same(both.logits, out.logits)
+    same(both.loss, out.loss)
+    same(model(ids, mask, labels=labels, num_items_in_batch=torch.tensor(1000)).loss.double(), nll / 1000)
+    same(model.eval()(ids, mask, labels=labels, num_items_in_batch=1000).loss.double(), nll / 1000)
+    assert model(ids, mask, labels=labels, return_logits=False).logits is None
+
+
+def test_logits_to_keep():
+    model, (ids, mask, labels) = build(), batch()
+    whole = model(ids, mask, labels=labels)
+    part = model(ids, mask, labels=labels, logits_to_keep=2)
+    same(part.logits, whole.logits[:, -2:])
+    same(part.loss, whole.loss)
+    same(model(ids, mask, logits_to_keep=torch.tensor([0, 5])).logits, whole.logits[:, [0, 5]])
+
+
+def test_token_classification_loss():
+    weights = [1.0, 2.0, 0.5]
+    model, (ids, mask, labels) = build(PaLMForTokenClassification, num_labels=3, class_weights=weights), batch(V=100)
+    labels = torch.where(labels >= 0, labels % 3, labels)
+    out = model(ids, mask, labels=labels)
+    assert out.logits.shape == (3, 13, 3) and out.logits.dtype == torch.float32
+    flat = out.logits.flatten(0, 1), labels.flatten(), torch.tensor(weights)
+    same(out.loss, F.cross_entropy(*flat))
+    same(model(ids, mask, labels=labels, num_items_in_batch=50).loss, F.cross_entropy(*flat, reduction="sum") / 50)
+    same(model.train()(ids, mask, labels=labels).loss, out.loss)
+    none = model(ids, mask, labels=torch.full_like(labels, -100)).loss
+    none.backward()
+    assert none.item() == 0
+    with pytest.raises(ValueError, match="2 class_weights for 3 labels"):
+        build(PaLMForTokenClassification, num_labels=3, class_weights=[1.0, 2.0])
+
+
+def test_tuple_and_hidden_states():
+    model, ids = build(), batch()[0]
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 3 and model(ids, return_dict=False)[0].equal(out.logits)
+    same(F.linear(out.hidden_states[-1], model.lm_head.weight) * model.config.logit_scale, out.logits)
+    same(out.hidden_states[0], model.model.embed_tokens(ids))
+    same(model(inputs_embeds=model.model.embed_tokens(ids)).logits, out.logits)
+
+
+# masks
+
+
+def test_padding_changes_nothing():
+    for fields in SHAPES.values():
+        model = build(**fields)
+        ids, mask, _ = batch()
+        keywords = {"prefix_lengths": torch.zeros(3, dtype=torch.int32)} if extras(model) else {}
+        alone = {"prefix_lengths": torch.zeros(1, dtype=torch.int32)} if keywords else {}
+        logits = model(ids, attention_mask=mask, **keywords).logits
+        for b in range(3):
+            same(logits[b][mask[b] == 1], model(ids[b][mask[b] == 1][None], **alone).logits[0])
+        assert torch.equal(model(ids, attention_mask=mask.bool(), **keywords).logits, logits)
+
+
+def test_prefix_sees_itself():
+    model, ids = build(attention="prefix"), batch()[0]
+    other = ids.clone()
+    other[:, 5] = 7
+    lengths = torch.tensor([6, 5, 0])
+    changed = (
+        (model(ids, prefix_lengths=lengths).logits - model(other, prefix_lengths=lengths).logits)[:, 0].abs().amax(-1)
+    )
+    assert changed[0] > 1e-3 and changed[1] < 1e-5 and changed[2] < 1e-5
+    same(model(ids).logits, build(attention="causal")(ids).logits)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_packed_rows_are_separate_sequences(attention):
+    model, ids = build(attention=attention).train(), batch(2, 12)[0]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
+    hidden = model.model(ids, position_ids=positions)[0]
+    for row, start, end in ((0, 0, 4), (0, 4, 11), (0, 11, 12), (1, 0, 12)):
+        same(hidden[row, start:end], model.model(ids[row : row + 1, start:end])[0][0])
+    hidden.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.model.parameters())
+
+
+# caches
+
+
+@pytest.mark.parametrize("shape", ["default", "layer_norm, grouped, interleaved", "window", "prefix", "untied"])
+@pytest.mark.parametrize("pad", [0, 3])
+def test_generation_with_cache_equals_without(shape, pad):
+    model = build(**{**SHAPES[shape], "tie_word_embeddings": False, "initializer_factor": 3.0})
+    ids, mask = batch()[0], torch.ones(3, 13, dtype=torch.long)
+    mask[1, :pad] = 0
+    keywords = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False, "eos_token_id": None, **extras(model)}
+    with_cache = model.generate(ids, **keywords)
+    assert torch.equal(with_cache, model.generate(ids, use_cache=False, **keywords))
+    assert len(set(with_cache[:, 13:].flatten().tolist())) > 5, "the test model says only one thing"
+
+
+@pytest.mark.parametrize("shape", ["default", "layer_norm, grouped, interleaved", "window", "prefix"])
+@pytest.mark.parametrize("chunks", [[13], [1] * 13, [5, 1, 1, 4, 2]], ids=str)
+def test_chunks_through_a_cache(shape, chunks):
+    model, (ids, mask, _) = build(**SHAPES[shape]), batch()
+    keywords = {"prefix_lengths": torch.tensor([4, 0, 1])} if shape == "prefix" else {}
+    if keywords and chunks[0] < 4:
+        keywords["prefix_lengths"] = torch.tensor([1, 0, 1])
+    whole = model(ids, attention_mask=mask, **keywords).logits
+    for grad in (torch.no_grad(), torch.enable_grad()):
+        cache, parts, done = DynamicCache(config=model.config), [], 0
+        with grad:
+            for n in chunks:
+                done += n
+                out = model(
+                    ids[:, done - n : done], attention_mask=mask[:, :done], cache=cache, use_cache=True, **keywords
+                )
+                parts.append(out.logits)
+        same(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()])
+        assert cache_of(out) is cache
+
+
+def test_past_key_values_is_the_same_cache():
+    model, ids = build(), batch()[0]
+    out = model(ids[:, :8], use_cache=True)
+    cache = cache_of(out)
+    same(model(ids[:, 8:], past_key_values=cache).logits, model(ids).logits[:, 8:])
+    assert cache_of(model(ids)) is None
+
+
+# soft weak masking
+
+
+def test_hard_strength_is_the_mask_token():
+    model, ids = build(), batch()[0]
+    hidden = torch.rand(ids.shape) < 0.3
+    masked = ids.masked_fill(hidden, model.config.mask_token_id)
+    assert torch.equal(model(ids, strength=hidden.float()).logits, model(masked).logits)
+    assert torch.equal(model(ids, strength=torch.zeros(ids.shape)).logits, model(ids).logits)
+    sources = torch.where(hidden, torch.randint(4, 100, ids.shape), -1)
+    swapped = torch.where(hidden, sources, ids)
+    assert torch.equal(model(ids, strength=hidden.float(), source_ids=sources).logits, model(swapped).logits)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_soft_strength_and_kappa(attention):
+    model, (ids, mask, labels) = build(attention=attention).train(), batch()
+    strength, kappa = torch.rand(ids.shape).masked_fill(torch.rand(ids.shape) < 0.4, 0.0), 0.7
+    table = model.model.embed_tokens.weight
+    sources = torch.randint(4, 100, ids.shape)
+    mixed = (1 - strength[..., None]) * table[ids] + strength[..., None] * table[sources]
+    keywords = {"attention_mask": mask, "labels": labels}
+    soft = {"strength": strength, "source_ids": sources}
+    loss, grads = gradients(model, input_ids=ids, **soft, **keywords)
+    expected, theirs = gradients(model, inputs_embeds=mixed, **keywords)
+    same(loss, expected)
+    for a, b in zip(grads, theirs, strict=True):
+        same(a, b, 1e-4)
+    strength.requires_grad_()
+    weaker = model(ids, kappa=kappa, **soft, **keywords).loss
+    assert abs(weaker.item() - loss.item()) > 1e-5
+    weaker.backward()
+    assert strength.grad.isfinite().all() and strength.grad.abs().sum() > 0
+    bias = torch.log(1 - torch.clamp(kappa * strength, max=1 - 2**-10)).masked_fill(mask == 0, -torch.inf)
+    block, rotary = model.model.layers[0], model.model.rotary
+    with torch.no_grad():
+        seen = []
+        handle = block.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["key_bias"]), with_kwargs=True)
+        model(ids, kappa=kappa, **soft, attention_mask=mask)
+        handle.remove()
+    same(seen[0], bias.detach())
+    assert rotary.cos.dtype == torch.float32
+    model(ids, strength=torch.ones(ids.shape), kappa=1.0, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_soft_masking_of_a_wrapped_table():
+    model, ids = build(), batch()[0]
+    strength, sources = torch.rand(ids.shape), torch.randint(-1, 100, ids.shape)
+    expected = model(ids, strength=strength, source_ids=sources).logits
+    model.model.embed_tokens.register_forward_hook(lambda *_: None)
+    same(model(ids, strength=strength, source_ids=sources).logits, expected)
+
+
+# other people's wrappers
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    model, (ids, mask, labels) = build(tie_word_embeddings=False), batch()
+    before = model(ids, mask).logits
+    config = peft.LoraConfig(r=4, target_modules=["in_proj", "out_proj", "lm_head"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    assert all("peft" in path for path in model.kernels().values())
+    wrapped.train()
+    loss = wrapped(ids, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    lora = {n: p.grad for n, p in wrapped.named_parameters() if "lora" in n}
+    assert len(lora) == 10 and all(g.abs().sum() > 0 for g in lora.values())
+    with pk.backend("reference"):
+        wrapped.zero_grad()
+        same(wrapped(ids, attention_mask=mask, labels=labels).loss, loss)
+    after = wrapped.eval()(ids, attention_mask=mask).logits
+    assert (after - before).abs().max() > 1e-2
+    merged = wrapped.merge_and_unload()
+    assert set(merged.kernels().values()) == {"parallel_block"}
+    same(merged(ids, mask).logits, after)
+
+
+def test_hooks_see_their_inputs():
+    model, ids = build(), batch()[0]
+    expected, shapes = model(ids).logits, []
+    model.model.layers[1].out_proj.register_forward_hook(lambda _, args, out: shapes.append((args[0].shape, out.shape)))
+    same(model(ids).logits, expected)
+    assert shapes == [((3, 13, 4 * 12 + 4 * 48), (3, 13, 48))]
+    assert list(model.kernels().values()) == ["parallel_block", "composition: out_proj has hooks"]
+
+
+def test_gradient_checkpointing():
+    for fields in ({}, {"attention": "bidirectional"}):
+        model, (ids, mask, labels) = build(**fields).train(), batch()
+        expected = gradients(model, input_ids=ids, attention_mask=mask, labels=labels)
+        model.gradient_checkpointing_enable()
+        again = gradients(model, input_ids=ids, attention_mask=mask, labels=labels)
+        assert model.model.layers[0].gradient_checkpointing
+        same(again[0], expected[0])
+        for a, b in zip(again[1], expected[1], strict=True):
+            same(a, b)
+    model = build().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids, use_cache=True)
+
+
+def test_autocast():
+    model, (ids, mask, labels) = build().train(), batch()
+    expected = model(ids, mask, labels=labels).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, mask, labels=labels).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss - expected) < 0.05
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_trainer_and_pipeline(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments, pipeline
+
+    tokenizer = PaLMTokenizer.train([["Ada", "met", "Bob", "in", "Rome"]] * 5, 300)
+    model = build(
+        PaLMForTokenClassification,
+        attention="bidirectional",
+        vocab_size=len(tokenizer),
+        num_labels=2,
+        id2label={0: "O", 1: "B-PER"},
+        label2id={"O": 0, "B-PER": 1},
+    )
+    words = ["Ada", "met", "Bob", "in", "Rome"]
+    encoded = tokenizer(words, is_split_into_words=True)
+    firsts = [w != p for w, p in zip(encoded.word_ids(), [None, *encoded.word_ids()], strict=False)]
+    tags = [1, 0, 1, 0, 0]
+    labels = [tags[w] if first else -100 for w, first in zip(encoded.word_ids(), firsts, strict=True)]
+    rows = [{"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}] * 8
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=12,
+        learning_rate=3e-3,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+    )
+    trainer = Trainer(model, arguments, data_collator=DataCollatorForTokenClassification(tokenizer), train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.2 * losses[0] and 0.2 < losses[0] < 3
+    tagger = pipeline("token-classification", model=model.eval(), tokenizer=tokenizer, device="cpu")
+    assert {e["entity"] for e in tagger(" Ada met Bob in Rome")} == {"B-PER"}
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"norm": "batch_norm"}, "norm is 'batch_norm', need one of rms_norm, layer_norm"),
+        ({"attention": "diagonal"}, "attention is 'diagonal'"),
+        ({"rope_type": "xpos"}, "rope_type is 'xpos'"),
+        ({"num_key_value_heads": 3}, "need a multiple of num_key_value_heads = 3"),
+        ({"head_dim": 300}, "head_dim is 300, need 1 to 256"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+    ],
+)
+def test_config_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**fields)
+    with pytest.raises(ValueError, match="'palm-9b' is none of palm-tiny"):
+        PaLMConfig.preset("palm-9b")
+
+
+def test_input_errors():
+    model, (ids, mask, labels) = build(max_position_embeddings=16), batch()
+    for message, keywords in {
+        "need \\[B,S\\] of 0/1 or bool": {"attention_mask": mask[:, None, None]},
+        "attention_mask has shape \\[3, 12\\], need \\[B,S\\] = \\[3, 13\\]": {"attention_mask": mask[:, 1:]},
+        "prefix_lengths needs config.attention": {"prefix_lengths": torch.tensor([1, 1, 1])},
+        "source_ids without strength": {"source_ids": ids},
+        "labels have shape": {"labels": labels[:, 1:]},
+        "output_attentions is not available": {"output_attentions": True},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            model(ids, **keywords)
+    with pytest.raises(ValueError, match="17 tokens, max_position_embeddings is 16"):
+        model(torch.ones(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="17 tokens, max_position_embeddings is 16"):
+        model(torch.ones(1, 17, dtype=torch.long), torch.ones(1, 17))
+    assert model(torch.ones(1, 17, dtype=torch.long), torch.tensor([[0] + [1] * 16])).logits.shape == (1, 17, 120)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="attention 'causal' or 'prefix'"):
+        build(attention="bidirectional")(ids, use_cache=True)
+    with pytest.raises(ValueError, match="strength needs source_ids"):
+        build(mask_token_id=None)(ids, strength=torch.zeros(ids.shape))
+    with pytest.raises(ValueError, match="kappa > 0 needs all keys"):
+        cache = cache_of(model(ids, use_cache=True))
+        model(ids[:, :1], cache=cache, strength=torch.ones(3, 1), kappa=0.5)
+    with pytest.raises((IndexError, ValueError)):
+        model(torch.full((1, 3), 120))
+
+
+def test_unused_head_layers_stay_out_of_the_trunk():
+    names = {n.split(".")[0] for n, _ in build(PaLMForTokenClassification).named_parameters()}
+    assert names == {"model", "score"} and isinstance(build().get_output_embeddings(), nn.Linear)
