@@ -142,7 +142,7 @@ class MultiQueryAttention(nn.Module):
         if return_lse:
             out, lse = attention(q, k, v, return_lse=True, **keywords)
             return self.out_proj(out.flatten(-2)), lse
-        return self.out_proj(attention(q, k, v, **keywords).flatten(-2))
+        return self.out_proj(attention(q, k, v, **keywords).flatten(-2))  # type: ignore
 
 
 def why_not_plain(name: str, module: nn.Module, kind: type, x: Tensor | None = None) -> str | None:
@@ -284,6 +284,8 @@ class SoftWeakEmbedding(nn.Module):
 
 class LinearCrossEntropyLoss(nn.Module):
     """`linear_cross_entropy` with its own classifier, as torch's: child `linear`, class weights in the buffer `weight`."""
+
+    weight: Tensor | None
 
     def __init__(
         self, in_features: int, num_classes: int, *, bias: bool = False, weight: Tensor | None = None, **keywords

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_close
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    DynamicCache,
+    StaticCache,
+)
 
 import palm_kernels as pk
 from palm_kernels.models import PaLMConfig, PaLMForCausalLM, PaLMForTokenClassification, PaLMModel, PaLMTokenizer
@@ -79,7 +86,7 @@ def same(a, b, tolerance=2e-5):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", [PaLMForCausalLM, PaLMForTokenClassification])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_kernels_equal_the_reference(kind, shape, dtype):
     fields = {"num_labels": 100, "initializer_factor": 1.5, **SHAPES[shape]}
     model = build(kind, **fields).to(dtype).train()
@@ -382,6 +389,17 @@ def test_past_key_values_is_the_same_cache():
     cache = cache_of(out)
     same(model(ids[:, 8:], past_key_values=cache).logits, model(ids).logits[:, 8:])
     assert cache_of(model(ids)) is None
+    with pytest.raises(ValueError, match="use a DynamicCache"):
+        model(ids, cache=StaticCache(config=model.config, max_cache_len=20))
+    with pytest.raises(ValueError, match="cache_implementation='dynamic'"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, cache_implementation="static")
+
+
+def test_beams_through_a_cache():
+    model, (ids, mask, _) = build(tie_word_embeddings=False, initializer_factor=3.0), batch()
+    mask[-1] = 1
+    keywords = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **keywords), model.generate(ids, use_cache=False, **keywords))
 
 
 # soft weak masking

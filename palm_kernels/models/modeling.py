@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, TokenClassifierOutput
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_not_plain
 from ..ops.attention import attention, attention_decode, attention_varlen
@@ -47,7 +47,7 @@ def _attend_packed(q, k, v, *, starts, causal, window, key_bias):
     flat_bias = None if key_bias is None else key_bias.expand(q.shape[:2]).flatten()
     q_, k_, v_ = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     out = attention_varlen(q_, k_, v_, starts, starts, causal=causal, window=window, key_bias=flat_bias)
-    return out.view(q.shape)
+    return out.view(q.shape)  # type: ignore
 
 
 def _attend_cached(q, k, v, *, cache, layer, total, mask):
@@ -56,6 +56,8 @@ def _attend_cached(q, k, v, *, cache, layer, total, mask):
     k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), layer))
     S = k.shape[1]
     dropped = total - S  # a sliding cache has let its oldest keys go
+    if dropped < 0:
+        raise ValueError(f"PaLMModel: {type(cache).__name__} holds keys that are not there yet, use a DynamicCache")
     key_bias = None if mask["key_bias"] is None else mask["key_bias"][:, dropped:]
     if mask["prefix_lengths"] is None and H * T <= DECODE_ROWS and not torch.is_grad_enabled():
         lengths = torch.full((B,), S, dtype=torch.int32, device=q.device)
@@ -181,9 +183,8 @@ class PaLMModel(PaLMPreTrainedModel):
         x_BTC = self.norm(x_BTC)
         if want_states:
             states[-1] = x_BTC
-        return BaseModelOutputWithPast(
-            last_hidden_state=x_BTC, hidden_states=tuple(states) if want_states else None, **{_CACHE: cache}
-        )
+        kept = tuple(states) if want_states else None
+        return BaseModelOutputWithPast(last_hidden_state=x_BTC, hidden_states=kept, **{_CACHE: cache})  # type: ignore
 
     def _embed(self, input_ids, inputs_embeds, strength, source_ids) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -348,7 +349,7 @@ class PaLMForCausalLM(PaLMPreTrainedModel, GenerationMixin):
             whole = logits is not None and logits.shape[1] == hidden_BTC.shape[1]
             loss = self._loss(hidden_BTC, logits if whole else None, labels, num_items)
         return CausalLMOutputWithPast(
-            loss=loss,
+            loss=loss,  # type: ignore
             logits=None if logits is None else logits * self.config.logit_scale,
             hidden_states=outputs.hidden_states,
             **{_CACHE: outputs.get(_CACHE)},
@@ -384,7 +385,7 @@ class PaLMForTokenClassification(PaLMPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = PaLMModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore
         weights = config.class_weights
         if weights is not None and len(weights) != config.num_labels:
             raise ValueError(f"PaLMForTokenClassification: {len(weights)} class_weights for {config.num_labels} labels")
@@ -434,4 +435,4 @@ class PaLMForTokenClassification(PaLMPreTrainedModel):
             weight = None if weights is None else torch.tensor(weights, dtype=logits.dtype, device=logits.device)
             loss = cross_entropy(logits, labels, weight=weight, reduction="mean" if num_items is None else "sum")
             loss = loss if num_items is None else loss / num_items
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)  # type: ignore

@@ -97,7 +97,9 @@ class PaLMTokenizer(PreTrainedTokenizerFast):
     def _encode_plus(self, text, *args, is_split_into_words: bool = False, **kwargs):
         if not is_split_into_words:
             return super()._encode_plus(text, *args, **kwargs)
-        self.backend_tokenizer.normalizer = normalizers.Prepend(" ")  # the only way that keeps offsets within the given word
+        self.backend_tokenizer.normalizer = normalizers.Prepend(
+            " "
+        )  # the only way that keeps offsets within the given word
         try:
             return super()._encode_plus(text, *args, is_split_into_words=True, **kwargs)
         finally:
