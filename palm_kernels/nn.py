@@ -136,7 +136,9 @@ class MultiQueryAttention(nn.Module):
         """x [B, T, dim] -> [B, T, dim]; with cos and sin q and k are rotated first; keywords are `attention`'s."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k, v = self.kv_proj(x).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
-        if cos is not None:
+        if (cos is None) != (sin is None):
+            raise ValueError("MultiQueryAttention: cos and sin go together, one is None")
+        if cos is not None and sin is not None:
             q = rotary(q, cos, sin, positions=positions, interleaved=interleaved)
             k = rotary(k, cos, sin, positions=positions, interleaved=interleaved)
         if return_lse:

@@ -78,6 +78,8 @@ def test_multi_query_attention(kv_heads):
     assert lse.shape == (2, 4, 7)
     table = RotaryEmbedding(6)
     assert not torch.allclose(module(x, table.cos, table.sin), module(x))
+    with pytest.raises(ValueError, match="cos and sin go together"):
+        module(x, table.cos)
     with pytest.raises(ValueError, match="kv_heads"):
         MultiQueryAttention(10, 4, 6, kv_heads=3)
 
