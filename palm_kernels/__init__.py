@@ -13,6 +13,7 @@ from .dispatch import backend, info
 from .ops.attention import attention, attention_decode, attention_varlen, merge_attention
 from .ops.cross_entropy import cross_entropy, linear_cross_entropy
 from .ops.norm import layer_norm, rms_norm
+from .ops.parallel_block import parallel_block
 from .ops.rotary import rotary, rotary_tables
 from .ops.soft_weak_embedding import soft_weak_embedding
 from .ops.swiglu import swiglu, swiglu_packed
@@ -27,6 +28,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "merge_attention",
+    "parallel_block",
     "rms_norm",
     "rotary",
     "rotary_tables",

@@ -1,0 +1,146 @@
+"""Sentences to tensors and back: sub-words, padded batches, tags that form whole entities."""
+
+import random
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import DataError, Sentence
+
+CLOSES = re.compile(r"[.,;:!?)\]}%]+|'(s|re|ve|ll|d|m)")  # words written without a space before them
+OPENS = re.compile(r"[(\[{$#]")  # and without one behind
+
+
+@dataclass
+class Row:
+    """One sequence for the model: the sub-words of the words first to end of a sentence."""
+
+    ids: list[int]
+    words: list[int]  # the word that each sub-word belongs to, counted in the sentence
+    labels: list[int]  # the class of each word, counted from `first`
+    sentence: int
+    first: int
+
+
+@dataclass
+class Batch:
+    """ids, mask, labels and words [B,T] int64: labels are -100 but on a word's first sub-word, words are -1 on padding."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    words: Tensor
+    rows: list[Row]
+
+
+class Encoder:
+    """Words to the sub-words of a tokenizer, at most `limit` to a row; each word is encoded once and remembered."""
+
+    def __init__(self, tokenizer, labels: list[str], limit: int):
+        self.tokenizer, self.labels, self.limit = tokenizer, labels, limit
+        self.class_of = {label: i for i, label in enumerate(labels)}
+        self.known: dict[str, list[int]] = {}
+
+    def subwords(self, text: str) -> list[int]:
+        """The ids of a word; one that leaves nothing, such as the empty word, becomes the mask token, so that it can be tagged."""
+        if text not in self.known:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            self.known[text] = ids or [self.tokenizer.mask_token_id]
+        return self.known[text]
+
+    def pieces(self, words: list[str], natural: bool = False) -> list[list[int]]:
+        """The ids of each word, a space before every one; natural: spaces only where running text has them."""
+        if not natural:
+            return [self.subwords(f" {word}") for word in words]
+        glued = [
+            True,
+            *(bool(CLOSES.fullmatch(b) or OPENS.fullmatch(a)) for a, b in pairwise(words)),
+        ]
+        return [self.subwords(word if glue else f" {word}") for word, glue in zip(words, glued, strict=True)]
+
+    def rows(self, sentence: Sentence, index: int = 0, natural: bool = False) -> list[Row]:
+        """The sentence as one row, or as several where it is too long, cut between words and if possible not inside an entity."""
+        pieces, rows, first = self.pieces(sentence.words, natural), [], 0
+        while first < len(pieces):
+            end, size = first, 0
+            while end < len(pieces) and size + len(pieces[end]) <= self.limit:
+                size += len(pieces[end])
+                end += 1
+            if end == first:
+                raise DataError(
+                    f"{sentence.where or 'text'}: the word {sentence.words[end][:40]!r} has {len(pieces[end])} sub-words, a row "
+                    f"holds {self.limit}: set --max-length to at least that, or shorten the word"
+                )
+            cut = end
+            while end < len(pieces) and cut > first and sentence.tags[cut][0] == "I":
+                cut -= 1
+            end = cut if cut > first else end
+            ids = [i for piece in pieces[first:end] for i in piece]
+            words = [k for k in range(first, end) for _ in pieces[k]]
+            rows.append(Row(ids, words, [self.class_of[tag] for tag in sentence.tags[first:end]], index, first))
+            first = end
+        return rows
+
+
+def collate(rows: list[Row], pad_id: int) -> Batch:
+    """Rows padded to the longest."""
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    ids, labels, words = (np.full(shape, fill, dtype=np.int64) for fill in (pad_id, -100, -1))
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        ids[i, :n], words[i, :n] = row.ids, row.words
+        starts = np.diff(words[i, :n], prepend=-1) != 0
+        labels[i, :n][starts] = row.labels
+    words_BT = torch.from_numpy(words)
+    return Batch(torch.from_numpy(ids), (words_BT >= 0).long(), torch.from_numpy(labels), words_BT, rows)
+
+
+def shuffled(rows: list[Row], size: int, pad_id: int, rng: random.Random) -> list[Batch]:
+    """Batches of similar length in random order: little padding, other batches every epoch."""
+    order = sorted(rows, key=lambda row: len(row.ids) + 8 * rng.random())
+    batches = [collate(order[i : i + size], pad_id) for i in range(0, len(order), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def forbidden(labels: list[str]) -> np.ndarray:
+    """[K+1,K] cost of class j after class i (row K: at the start): infinite where I-x follows neither B-x nor I-x."""
+    after = [*labels, "O"]
+    return np.array([[-np.inf if b[0] == "I" and a[1:] != b[1:] else 0.0 for b in labels] for a in after])
+
+
+def best_path(scores: np.ndarray, cost: np.ndarray) -> list[int]:
+    """The likeliest classes of log-probabilities [words,K] that form whole entities (Viterbi)."""
+    total, back = scores[0] + cost[-1], []
+    for row in scores[1:]:
+        steps = total[:, None] + cost[:-1]
+        back.append(steps.argmax(0))
+        total = steps.max(0) + row
+    path = [int(total.argmax())]
+    for choice in reversed(back):
+        path.append(int(choice[path[-1]]))
+    return path[::-1]
+
+
+@torch.inference_mode()
+def tag(model, encoder: Encoder, sentences: list[Sentence], size: int = 32) -> list[list[str]]:
+    """The IOB2 tags that the model gives the words of each sentence; the model is left in eval mode."""
+    model.eval()
+    cost, scores = forbidden(encoder.labels), [np.zeros((len(s.words), len(encoder.labels))) for s in sentences]
+    bare = [
+        Sentence(s.words, ["O"] * len(s.words), s.where) for s in sentences
+    ]  # long ones are cut without a look at the answer
+    rows = [row for i, s in enumerate(bare) for row in encoder.rows(s, i)]
+    rows.sort(key=lambda row: len(row.ids))
+    for start in range(0, len(rows), size):
+        batch = collate(rows[start : start + size], encoder.tokenizer.pad_token_id)
+        device = model.device
+        logits = model(batch.ids.to(device), attention_mask=batch.mask.to(device)).logits.float().log_softmax(-1).cpu()
+        for i, row in enumerate(batch.rows):
+            first = row.first
+            scores[row.sentence][first : first + len(row.labels)] = logits[i][batch.labels[i] >= 0].numpy()
+    return [[encoder.labels[k] for k in best_path(s, cost)] if len(s) else [] for s in scores]
