@@ -11,7 +11,7 @@ setup: .venv/ready
 	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 test: setup
-	$(PY) -m pytest tests
+	OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n 2
 lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
