@@ -33,6 +33,9 @@ KERNELS = {  # public op: (stem, backend function) pairs that serve it
     "swiglu": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
     "swiglu_packed": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
 }
+KERNELS["parallel_block"] = tuple(
+    k for op in ("attention", "rotary", "rms_norm", "layer_norm", "swiglu") for k in KERNELS[op]
+)
 ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # device type: backends, first choice first
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)

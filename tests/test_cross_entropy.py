@@ -18,7 +18,7 @@ from helpers import (
     run,
     wide,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import palm_kernels as pk
@@ -76,7 +76,6 @@ def test_stride_beyond_32_bits():
     check_op("cross_entropy", logits.requires_grad_(), torch.tensor([3, 5]), reduction="none")
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 6), min_size=0, max_size=3),
     classes=st.integers(1, 70),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,7 +275,6 @@ def test_natural_spacing(tokenizer):
     assert "".join(tokenizer.decode(piece) for piece in encoder.pieces(words)) == " " + " ".join(words)
 
 
-@settings(deadline=None, max_examples=40)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), limit=st.integers(9, 20), seed=st.integers(0, 99))
 def test_long_sentences_are_cut_between_words(lengths, limit, seed):
     rng, encoder = random.Random(seed), batches.Encoder(None, LABELS, limit)

@@ -17,7 +17,7 @@ from helpers import (
     run,
     wide,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import palm_kernels as pk
@@ -83,7 +83,6 @@ def test_stride_beyond_32_bits(norm):
     check_op(norm, far_rows(2, 8).requires_grad_(), randn(8, dtype=torch.bfloat16))
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     norm=st.sampled_from(NORMS),
     shape=st.lists(st.integers(0, 9), min_size=0, max_size=3),

@@ -16,7 +16,7 @@ from helpers import (
     randn,
     wide,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import palm_kernels as pk
@@ -82,7 +82,6 @@ def test_stride_beyond_32_bits():
     check_op("rotary", far_rows(2, 8)[None, None].requires_grad_(), *tables(1, 4))
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 6), min_size=2, max_size=3),
     D=st.integers(0, 70),

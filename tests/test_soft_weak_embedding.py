@@ -17,7 +17,7 @@ from helpers import (
     run,
     wide,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import palm_kernels as pk
@@ -193,7 +193,6 @@ def test_stride_beyond_32_bits():
     )
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 7), min_size=0, max_size=4),
     vocab=st.integers(1, 40),

@@ -4,7 +4,7 @@ import itertools
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -53,13 +53,11 @@ def test_round_trip(tokenizer, text):
     assert_lossless(PaLMTokenizer(), text)
 
 
-@settings(max_examples=300, deadline=None)
 @given(text=ANY)
 def test_every_string_comes_back(tokenizer, text):
     assert_lossless(tokenizer, text)
 
 
-@settings(max_examples=100, deadline=None)
 @given(texts=st.lists(ANY, min_size=1, max_size=4), probe=ANY)
 def test_whatever_it_was_trained_on(texts, probe):
     tokenizer = PaLMTokenizer.train(texts, 300, min_frequency=1)
@@ -89,7 +87,6 @@ def test_digits_stand_alone(tokenizer):
     assert [t for t in tokenizer.tokenize("born 1961 at 123.5") if any(c.isdigit() for c in t)] == list("19611235")
 
 
-@settings(max_examples=150, deadline=None)
 @given(words=st.lists(ANY.filter(bool), min_size=1, max_size=8))
 def test_each_word_starts_a_token(tokenizer, words):
     encoded = tokenizer(words, is_split_into_words=True, return_offsets_mapping=True)

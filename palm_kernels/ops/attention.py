@@ -13,7 +13,7 @@ from ..checks import (
     companion,
     distinct,
 )
-from ..dispatch import define, needs_autograd, public, refuse_double_backward
+from ..dispatch import define, flops, needs_autograd, public, refuse_double_backward
 
 MAX_HEAD_DIM = 256
 OPTIONS = "bool causal, float scale, int left, int right"
@@ -94,6 +94,16 @@ _decode = define(
 )
 
 
+def attention_flops(q, k, products: int) -> int:
+    """2 B H T S D a product, masks not discounted (as torch counts its own attention): 2 products forward, 5 backward."""
+    B, T, H, D = q
+    return 2 * products * B * H * T * k[1] * D
+
+
+flops(_fwd, lambda q, k, *_, out_shape=None, **__: attention_flops(q, k, 2))
+flops(_bwd, lambda dout, dlse, q, k, *_, out_shape=None, **__: attention_flops(q, k, 5))
+
+
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_bias, prefix_lengths, causal, scale, left, right):
@@ -141,6 +151,17 @@ def normalise_window(op: str, window, causal: bool) -> tuple[int, int]:
     ):
         raise ValueError(f"{op}: window is {window!r}, need an int >= 1 or (left, right) of ints >= -1")
     return window[0], window[1]
+
+
+def check_prefix(op: str, x: Tensor, prefix_lengths: Tensor | None, causal: bool) -> None:
+    """prefix_lengths is int32 [B] beside x [B,...], and only with causal."""
+    if prefix_lengths is None:
+        return
+    if not causal:
+        raise ValueError(f"{op}: prefix_lengths needs causal=True")
+    check_integers(op, "prefix_lengths", prefix_lengths, (torch.int32,))
+    check_shape(op, "prefix_lengths", prefix_lengths, x.shape[:1], "[B]")
+    check_device(op, x=x, prefix_lengths=prefix_lengths)
 
 
 def check_head_dim(op: str, D: int) -> None:
@@ -224,12 +245,7 @@ def attention(
     if query_positions is not None:
         raise NotImplementedError("attention: query_positions is reserved and not implemented yet")
     left, right = normalise_window("attention", window, causal)
-    if prefix_lengths is not None:
-        if not causal:
-            raise ValueError("attention: prefix_lengths needs causal=True")
-        check_integers("attention", "prefix_lengths", prefix_lengths, (torch.int32,))
-        check_shape("attention", "prefix_lengths", prefix_lengths, (B,), "[B]")
-        check_device("attention", q=q, prefix_lengths=prefix_lengths)
+    check_prefix("attention", q, prefix_lengths, causal)
     bias = normalise_bias("attention", key_bias, q, (B, S), "[B,S] or [1,S]")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     args = (*distinct(q, heads_k, heads_v), bias, prefix_lengths, causal, scale, left, right)

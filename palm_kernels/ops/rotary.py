@@ -7,12 +7,13 @@ from ..checks import check_device, check_dim, check_floats, check_integers, chec
 from ..dispatch import define, needs_autograd, public, refuse_double_backward
 
 
-def _bad_position(row, x, cos, sin, positions, *_):
+def bad_position(op, row, x, cos, positions):
+    """Raises for row `row` of [B*T] that a kernel reported."""
     b, t = divmod(row, x.shape[1])
     place = (t,) if positions is None or positions.dim() == 1 else (b, t)
     value = t if positions is None else int(positions[place])
     raise ValueError(
-        f"rotary: positions[{', '.join(map(str, place))}] is {value}, cos and sin hold positions 0 to {cos.shape[0] - 1}: "
+        f"{op}: positions[{', '.join(map(str, place))}] is {value}, cos and sin hold positions 0 to {cos.shape[0] - 1}: "
         "make longer tables with rotary_tables"
     )
 
@@ -21,7 +22,7 @@ _rotary = define(
     "rotary",
     "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate) -> Tensor",
     lambda x, *_: x.new_empty(x.shape),
-    check=_bad_position,
+    check=lambda row, x, cos, sin, positions, *_: bad_position("rotary", row, x, cos, positions),
 )
 
 
@@ -52,20 +53,33 @@ def rotary_tables(
     return angles.cos().float(), angles.sin().float()
 
 
-def _check_positions(positions: Tensor | None, x: Tensor, length: int) -> None:
-    """int32 or int64 [T] or [B,T]; without them, T is within the table. Their values are the kernel's to check."""
+def check_tables(
+    op: str, x: Tensor, D: int, cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Checks cos, sin [length, half] and positions [T] or [B,T] against x [B,T,...]; returns cos and sin in their dtype beside x.
+
+    Without positions T must be within the tables; their values are the kernel's to check.
+    """
+    check_dim(op, "cos", cos, (2,), "[length, half]")
+    check_shape(op, "sin", sin, cos.shape, "cos's shape")
+    check_device(op, x=x, cos=cos, sin=sin)
+    cos, sin = companion(op, "cos", cos, x), companion(op, "sin", sin, x)
+    length, half = cos.shape
+    if 2 * half > D:
+        raise ValueError(f"{op}: cos has shape {list(cos.shape)}, x has {D} dims a head: need at most {D // 2} columns")
     B, T = x.shape[:2]
     if positions is None:
         if length < T:
             raise ValueError(
-                f"rotary: x has {T} tokens, cos and sin hold {length} positions: make longer tables with rotary_tables"
+                f"{op}: x has {T} tokens, cos and sin hold {length} positions: make longer tables with rotary_tables"
             )
-        return
-    check_integers("rotary", "positions", positions, (torch.int32, torch.int64))
-    check_dim("rotary", "positions", positions, (1, 2), "[T] or [B,T]")
+        return cos, sin
+    check_integers(op, "positions", positions, (torch.int32, torch.int64))
+    check_dim(op, "positions", positions, (1, 2), "[T] or [B,T]")
     shape, meaning = ((T,), "[T]") if positions.dim() == 1 else ((B, T), "[B,T]")
-    check_shape("rotary", "positions", positions, shape, meaning)
-    check_device("rotary", x=x, positions=positions)
+    check_shape(op, "positions", positions, shape, meaning)
+    check_device(op, x=x, positions=positions)
+    return cos, sin
 
 
 @public
@@ -83,15 +97,7 @@ def rotary(
     """
     check_floats("rotary", x=x)
     check_dim("rotary", "x", x, (3, 4), "[B,T,H,D] or [B,T,D]")
-    check_dim("rotary", "cos", cos, (2,), "[length, half]")
-    check_shape("rotary", "sin", sin, cos.shape, "cos's shape")
-    check_device("rotary", x=x, cos=cos, sin=sin)
-    cos, sin = companion("rotary", "cos", cos, x), companion("rotary", "sin", sin, x)
-    if 2 * cos.shape[1] > x.shape[-1]:
-        raise ValueError(
-            f"rotary: cos has shape {list(cos.shape)}, x has {x.shape[-1]} dims a head: need at most {x.shape[-1] // 2} columns"
-        )
-    _check_positions(positions, x, cos.shape[0])
+    cos, sin = check_tables("rotary", x, x.shape[-1], cos, sin, positions)
     if needs_autograd(x):
         return Rotary.apply(x, cos, sin, positions, interleaved)
     return _rotary(x, cos, sin, positions, interleaved, False)
