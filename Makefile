@@ -1,23 +1,49 @@
-# make setup | test | lint | ner | bench | wheel. Each sets up .venv by itself where needed.
+# Each target sets up .venv and builds the kernels by itself where needed; ARGS passes options on.
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
+NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: setup test lint ner bench wheel
-setup: .venv/ready
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
+.PHONY: help setup build test lint format ner bench wheel clean
+help:
+	@echo "make setup    .venv with $(TORCH), all extras, the kernels built in place"
+	@echo "make build    the kernels alone, after a change in csrc (ninja, incremental)"
+	@echo "make test     every test;  ARGS='tests/test_swiglu.py -k stride' for some"
+	@echo "make lint     ruff, clang-format, pyright;  make format writes"
+	@echo "make ner      the example: fine-tune on named entities;  ARGS='--data DIR'"
+	@echo "make bench    benchmarks.report;  ARGS='--quick'"
+	@echo "make wheel    dist/*.whl, tested from an empty directory"
+
+setup: .venv/ready build
+.venv/ready: pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
-	$(PY) -m pip install -q "$(TORCH)" numpy
-	$(PY) -m pip install -q "setuptools>=77" ninja wheel
+	$(PY) -m pip install -q "$(TORCH)" numpy "setuptools>=77" ninja wheel
 	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
+build: palm_kernels/_cpu.so
+palm_kernels/_cpu.so: $(NATIVE) setup.py | .venv/ready
+	$(PY) setup.py -q build_ext --inplace
+	touch $@
 test: setup
-	OMP_WAIT_POLICY=passive $(PY) -m pytest tests -n 2
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 $(ARGS)
 lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+	.venv/bin/clang-format --dry-run --Werror $(NATIVE)
+	.venv/bin/pyright
+format: setup
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+	.venv/bin/clang-format -i $(NATIVE)
 ner: setup
 	$(PY) -m examples.ner.train $(ARGS)
 bench: setup
 	$(PY) -m benchmarks.report $(ARGS)
 wheel: setup
+	rm -rf dist
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PY) -m pip install -q --no-deps --target build/wheel/site dist/*.whl
+	cd build/wheel && PYTHONPATH=site ../../$(PY) -c "import torch, palm_kernels as pk; assert 'wheel/site' in pk.__file__; \
+	  x = torch.randn(4, 8); assert torch.allclose(pk.swiglu(x, x), torch.nn.functional.silu(x) * x); pk.info()"
+clean:
+	rm -rf build dist palm_kernels/*.so

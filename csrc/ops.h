@@ -24,16 +24,18 @@ struct Matrix {
   int64_t stride[kMaxDims];
 };
 
-// One operand [batch, token, head, D] (lse: [batch, token, head]) with D contiguous; packed sequences have batch stride 0.
+// One operand [batch, token, head, D] (lse: [batch, token, head]) with D contiguous; packed sequences have
+// batch stride 0.
 struct Heads {
   void* data;
   int64_t batch, token, head;
 };
 
-// out = softmax(scale q k^T + key_bias) v over the visible keys. Query i sees keys lo(i) <= j <= hi(i), with o = i + S - T:
-// lo = max(0, o - left), hi = min(S - 1, o + right, causal ? max(o, prefix - 1) : S - 1); left, right < 0 are unlimited.
-// Keys whose bias is -inf are removed: never read. Dense: T and S hold for every batch entry. Packed: B sequences, cu_q and cu_k
-// give their rows. Decode: cache_lengths gives S of each entry. key_bias, lse and dbias are float (double beside f64).
+// out = softmax(scale q k^T + key_bias) v over the visible keys. Query i sees keys lo(i) <= j <= hi(i), with
+// o = i + S - T: lo = max(0, o - left), hi = min(S - 1, o + right, causal ? max(o, prefix - 1) : S - 1);
+// left, right < 0 are unlimited. Keys whose bias is -inf are removed: never read. Dense: T and S hold for
+// every batch entry. Packed: B sequences, cu_q and cu_k give their rows. Decode: cache_lengths gives S of
+// each entry. key_bias, lse and dbias are float (double beside f64).
 struct Attention {
   Dtype dtype;
   int64_t B, T, S, H, K, D;
@@ -50,9 +52,10 @@ struct Attention {
   int64_t dbias_batch, dbias_token;
 };
 
-// out = (s - mean) rstd (weight + offset) + bias with s = x, or x + residual as stored in sum; rms_norm has no mean and no bias.
-// weight and bias have gain_dtype: dtype, or f32 beside 16 bits. mean and rstd, [rows], are float (double beside f64): forward
-// writes them where they are given, backward reads them and dout, x (the stored sum) and dsum, which is added to dx.
+// out = (s - mean) rstd (weight + offset) + bias with s = x, or x + residual as stored in sum; rms_norm has
+// no mean and no bias. weight and bias have gain_dtype: dtype, or f32 beside 16 bits. mean and rstd, [rows],
+// are float (double beside f64): forward writes them where they are given, backward reads them and dout, x
+// (the stored sum) and dsum, which is added to dx.
 struct Norm {
   Dtype dtype, gain_dtype;
   Rows rows;
@@ -64,9 +67,9 @@ struct Norm {
   void *mean, *rstd, *dweight, *dbias;
 };
 
-// Row r is head r % heads of token r / heads, whose position (in positions32 or positions64, else its index in 0..T-1) names a
-// row of cos and sin [length, half]: float, double beside f64. The first 2 half columns are rotated, the others copied.
-// conjugate: by the negated angle. out may be x.
+// Row r is head r % heads of token r / heads, whose position (in positions32 or positions64, else its index
+// in 0..T-1) names a row of cos and sin [length, half]: float, double beside f64. The first 2 half columns
+// are rotated, the others copied. conjugate: by the negated angle. out may be x.
 struct Rotary {
   Dtype dtype;
   Rows rows;
@@ -139,20 +142,20 @@ struct Swiglu {
 }  // namespace palm
 
 // X(name, struct): every CPU launcher `int64_t name(const struct&)`. It returns the first bad row, or -1.
-#define PALM_CPU_OPS(X) \
-  X(attention_fwd, Attention) \
-  X(attention_bwd, Attention) \
-  X(attention_decode, Attention) \
-  X(layer_norm_fwd, Norm) \
-  X(layer_norm_bwd, Norm) \
-  X(rms_norm_fwd, Norm) \
-  X(rms_norm_bwd, Norm) \
-  X(rotary, Rotary) \
-  X(cross_entropy_fwd, CrossEntropy) \
-  X(cross_entropy_bwd, CrossEntropy) \
-  X(linear_cross_entropy_rows, CrossEntropy) \
+#define PALM_CPU_OPS(X)                         \
+  X(attention_fwd, Attention)                   \
+  X(attention_bwd, Attention)                   \
+  X(attention_decode, Attention)                \
+  X(layer_norm_fwd, Norm)                       \
+  X(layer_norm_bwd, Norm)                       \
+  X(rms_norm_fwd, Norm)                         \
+  X(rms_norm_bwd, Norm)                         \
+  X(rotary, Rotary)                             \
+  X(cross_entropy_fwd, CrossEntropy)            \
+  X(cross_entropy_bwd, CrossEntropy)            \
+  X(linear_cross_entropy_rows, CrossEntropy)    \
   X(soft_weak_embedding_fwd, SoftWeakEmbedding) \
   X(soft_weak_embedding_bwd, SoftWeakEmbedding) \
-  X(peak, Peak) \
-  X(swiglu_fwd, Swiglu) \
+  X(peak, Peak)                                 \
+  X(swiglu_fwd, Swiglu)                         \
   X(swiglu_bwd, Swiglu)

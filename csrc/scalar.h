@@ -21,7 +21,8 @@ PALM_HD T silu_slope(T g, T s, T one) {
   return s * (one + g * (one - s));
 }
 
-// x1 of the pair (x1, x2) rotated by the angle whose cosine and sine are c and s; x2 is rotated(x2, x1, c, -s).
+// x1 of the pair (x1, x2) rotated by the angle whose cosine and sine are c and s; x2 is rotated(x2, x1, c,
+// -s).
 template <class T>
 PALM_HD T rotated(T x1, T x2, T c, T s) {
   return x1 * c - x2 * s;

@@ -325,7 +325,7 @@ def parallel_block(
     q, k, v, gate, up = F.linear(normed, w_in).split([H * D, K * D, K * D, width, width], -1)
     q = rotary(q.reshape(B, T, H, D), cos, sin, positions=positions, interleaved=interleaved)
     k = rotary(k.reshape(B, T, K, D), cos, sin, positions=positions, interleaved=interleaved)
-    mixed = attention(
+    mixed, _ = attention(
         q,
         k,
         v.reshape(B, T, K, D),
@@ -333,5 +333,6 @@ def parallel_block(
         key_bias=key_bias,
         window=window,
         prefix_lengths=prefix_lengths,
+        return_lse=True,
     )
     return x + F.linear(torch.cat((mixed.reshape(B, T, H * D), swiglu(gate, up)), -1), w_out)

@@ -1,9 +1,11 @@
-// Attention forward and backward (Dao 2022, algorithms 1 and 4, in the form that suits one K/V head under many query heads).
+// Attention forward and backward (Dao 2022, algorithms 1 and 4, in the form that suits one K/V head under
+// many query heads).
 //
-// All G = H / K query heads that share a key/value head stand as rows of one tall matrix (row r is token r / G, head r % G), so K
-// and V are packed once and read by all of them. Scores are held transposed, S^T[key][query]: lanes are queries, so maximum, sum,
-// mask and exp are vertical, and P^T is already the packed left operand of P V. Removed keys (bias -inf) are left out while
-// packing: they cost nothing and nothing of theirs is ever read. Gradients: see reference.py.
+// All G = H / K query heads that share a key/value head stand as rows of one tall matrix (row r is token r /
+// G, head r % G), so K and V are packed once and read by all of them. Scores are held transposed,
+// S^T[key][query]: lanes are queries, so maximum, sum, mask and exp are vertical, and P^T is already the
+// packed left operand of P V. Removed keys (bias -inf) are left out while packing: they cost nothing and
+// nothing of theirs is ever read. Gradients: see reference.py.
 #include "gemm.h"
 #include "parallel.h"
 
@@ -59,7 +61,9 @@ struct Keys {
     for (int64_t b = 0; b < p.B; ++b) {
       Sequence& s = seq[b];
       s = {b, 0, 0, p.T, p.S, 0, 0, 0, room, ranks, tiles};
-      if (p.cu_q) s = {0, p.cu_q[b], p.cu_k[b], p.cu_q[b + 1] - p.cu_q[b], p.cu_k[b + 1] - p.cu_k[b], 0, 0, 0, room, ranks, tiles};
+      if (p.cu_q)
+        s = {0,    p.cu_q[b], p.cu_k[b], p.cu_q[b + 1] - p.cu_q[b], p.cu_k[b + 1] - p.cu_k[b], 0, 0, 0,
+             room, ranks,     tiles};
       if (p.prefix_lengths) s.prefix = least(most(p.prefix_lengths[b], 0), s.S);
       s.room = round_up(s.S, Tile<C>::NB);
       room += s.room;
@@ -98,8 +102,8 @@ struct Keys {
   }
 };
 
-// One operand of all kept keys, packed per sequence and key/value head: blocks [room / NB][D][NB] for scores_tile, or panels
-// [Dp / NP][room][NP] for the other kernels.
+// One operand of all kept keys, packed per sequence and key/value head: blocks [room / NB][D][NB] for
+// scores_tile, or panels [Dp / NP][room][NP] for the other kernels.
 template <class E, class C = typename Of<E>::C>
 struct Packed {
   using T = Tile<C>;
@@ -107,7 +111,8 @@ struct Packed {
   int64_t width;
   Scratch<C> data;
 
-  Packed(const Keys<C>& keys, int64_t width) : keys(keys), width(width), data(keys.room * keys.p.K * width + 64) {}
+  Packed(const Keys<C>& keys, int64_t width)
+      : keys(keys), width(width), data(keys.room * keys.p.K * width + 64) {}
   C* part(const Sequence& s, int64_t kh) const { return data + (s.keys * keys.p.K + kh * s.room) * width; }
 
   const E* source(const Heads& x, const Sequence& s, int64_t kh, int64_t n) const {
@@ -123,7 +128,8 @@ struct Packed {
       constexpr int step = T::L < T::NB ? T::L : T::NB;
       for (int64_t i = n; i < least(n + T::L, s.room); i += step) {
         C* block = part(s, kh) + i / T::NB * D * T::NB + i % T::NB;
-        for (int64_t d = 0; d < D; ++d) memcpy(block + d * T::NB, columns + d * T::L + (i - n), step * sizeof(C));
+        for (int64_t d = 0; d < D; ++d)
+          memcpy(block + d * T::NB, columns + d * T::L + (i - n), step * sizeof(C));
       }
     }
   }
@@ -133,7 +139,8 @@ struct Packed {
   }
 };
 
-// body(sequence, head, n0, n1) for `heads` heads of each sequence, its keys cut so that every thread has work.
+// body(sequence, head, n0, n1) for `heads` heads of each sequence, its keys cut so that every thread has
+// work.
 template <class C, class F>
 static void over_keys(const Keys<C>& keys, int64_t heads, F&& body) {
   const int64_t pairs = keys.p.B * heads, cuts = pairs ? 1 + 15 / pairs : 0;
@@ -148,7 +155,8 @@ static void over_keys(const Keys<C>& keys, int64_t heads, F&& body) {
 
 // ---- a tile of query rows ----
 
-// The bounds of up to `panels` panels of rows; rows beyond the sequence repeat the last one's (their results are dropped).
+// The bounds of up to `panels` panels of rows; rows beyond the sequence repeat the last one's (their results
+// are dropped).
 template <class E, class C = typename Of<E>::C>
 struct RowTile {
   using T = Tile<C>;
@@ -187,7 +195,8 @@ struct RowTile {
   void columns(const Heads& x, C scale, const bool* dead, C* dst) const {
     for (int64_t i = 0; i < panels() * T::MP; i += T::L) {
       const E* rows[T::L];
-      for (int j = 0; j < T::L; ++j) rows[j] = i + j < count && !(dead && dead[i + j]) ? row<const E>(x, i + j) : nullptr;
+      for (int j = 0; j < T::L; ++j)
+        rows[j] = i + j < count && !(dead && dead[i + j]) ? row<const E>(x, i + j) : nullptr;
       pack_columns(rows, p.D, scale, dst + i / T::MP * T::MP * p.D + i % T::MP, T::MP);
     }
   }
@@ -195,13 +204,15 @@ struct RowTile {
 
 // ---- forward ----
 
-constexpr int kForwardPanels = 2;  // 96 rows of queries (AVX-512): within 3 % for 1 to 2 panels and 192 to 512 keys
+constexpr int kForwardPanels =
+    2;  // 96 rows of queries (AVX-512): within 3 % for 1 to 2 panels and 192 to 512 keys
 constexpr int kForwardKeys = 192;
 
-// Online softmax of one panel of scores [count][MP]: exponentials in place, m and l updated, alpha = the factor of what was before.
+// Online softmax of one panel of scores [count][MP]: exponentials in place, m and l updated, alpha = the
+// factor of what was before.
 template <class C>
-static void softmax_panel(C* scores, int64_t count, bool masked, const C* position, const C* bias, const C* lo, const C* hi,
-                          C* m, C* l, C* alpha) {
+static void softmax_panel(C* scores, int64_t count, bool masked, const C* position, const C* bias,
+                          const C* lo, const C* hi, C* m, C* l, C* alpha) {
   using T = Tile<C>;
   using V = typename T::V;
   const V none = set1(C(-__builtin_inf()));
@@ -223,7 +234,8 @@ static void softmax_panel(C* scores, int64_t count, bool masked, const C* positi
     }
   }
   V base[3];
-  for (int j = 0; j < 3; ++j) base[j] = top[j] == none ? V{} : top[j];  // nothing visible yet: exp(-inf - 0) = 0
+  for (int j = 0; j < 3; ++j)
+    base[j] = top[j] == none ? V{} : top[j];  // nothing visible yet: exp(-inf - 0) = 0
   for (int64_t n = 0; n < count; ++n) {
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
@@ -247,12 +259,19 @@ struct ForwardState {
   static constexpr int M = kForwardPanels * Tile<C>::MP;
   Scratch<C> queries, out, scores, m, l, alpha, lo, hi;
   ForwardState(int64_t D, int64_t width)
-      : queries(M * D), out(M * width), scores(kForwardKeys * Tile<C>::MP), m(M), l(M), alpha(M), lo(M), hi(M) {}
+      : queries(M * D),
+        out(M * width),
+        scores(kForwardKeys * Tile<C>::MP),
+        m(M),
+        l(M),
+        alpha(M),
+        lo(M),
+        hi(M) {}
 };
 
 template <class E, class C = typename Of<E>::C>
-static void forward_tile(const Keys<C>& keys, const Packed<E>& K, const Packed<E>& V, int64_t tile, int64_t kh,
-                         ForwardState<C>& w) {
+static void forward_tile(const Keys<C>& keys, const Packed<E>& K, const Packed<E>& V, int64_t tile,
+                         int64_t kh, ForwardState<C>& w) {
   using T = Tile<C>;
   const Attention& p = keys.p;
   const RowTile<E> rows(keys, tile, kh, w.M, w.lo, w.hi);
@@ -271,8 +290,8 @@ static void forward_tile(const Keys<C>& keys, const Packed<E>& K, const Packed<E
         for (int i = 0; i < T::NB; ++i)
           for (int j = 0; j < 3; ++j) store(w.scores + (n + i) * T::MP + j * T::L, c[i][j]);
       }
-      softmax_panel<C>(w.scores, nn, rows.masked(position, n0, nn, panel), position + n0, bias ? bias + n0 : nullptr,
-                       w.lo + at, w.hi + at, w.m + at, w.l + at, w.alpha + at);
+      softmax_panel<C>(w.scores, nn, rows.masked(position, n0, nn, panel), position + n0,
+                       bias ? bias + n0 : nullptr, w.lo + at, w.hi + at, w.m + at, w.l + at, w.alpha + at);
       for (int64_t d = 0; d < V.width; d += T::NP) {
         const C* values = V.part(s, kh) + d * s.room + n0 * T::NP;
         for (int i = 0; i < T::MP; i += T::R) {
@@ -314,7 +333,8 @@ static void forward(const Attention& p) {
     K.blocks(p.k, s, kh, n0, n1);
     V.panels(p.v, s, kh, n0, n1);
   });
-  const int64_t tasks = keys.tiles * p.K;  // from the last tile down: with a causal mask the longest come first
+  const int64_t tasks =
+      keys.tiles * p.K;  // from the last tile down: with a causal mask the longest come first
   parallel_tasks(
       tasks, [&] { return ForwardState<C>(p.D, V.width); },
       [&](ForwardState<C>& w, int64_t i) { forward_tile<E>(keys, K, V, (tasks - 1 - i) / p.K, i % p.K, w); });
@@ -330,8 +350,8 @@ int64_t attention_fwd(const Attention& p) {
 
 constexpr int kBackwardKeys = 96;
 
-// Query rows are dealt to chunks, each with its own dK and dV, which are added in fixed order at the end. The number of chunks
-// comes from shapes alone, so the bits do not depend on the number of threads.
+// Query rows are dealt to chunks, each with its own dK and dV, which are added in fixed order at the end. The
+// number of chunks comes from shapes alone, so the bits do not depend on the number of threads.
 static int64_t chunk_count(const Attention& p, int64_t tiles) {
   const int64_t rows = p.cu_q ? p.q_rows * p.H : p.B * p.T * p.H;
   const int64_t wanted = most(4, least(16, rows / 4096)), pairs = most(1, p.B * p.K);
@@ -344,8 +364,19 @@ struct BackwardState {
   Scratch<C> queries, douts, query_panels, dout_panels, dq, probs, dscores, lse, delta, lo, hi;
   Scratch<bool> dead;
   BackwardState(int64_t M, int64_t D, int64_t width)
-      : M(M), queries(M * D), douts(M * D), query_panels(M * width), dout_panels(M * width), dq(M * width),
-        probs(M * kBackwardKeys), dscores(M * kBackwardKeys), lse(M), delta(M), lo(M), hi(M), dead(M) {}
+      : M(M),
+        queries(M * D),
+        douts(M * D),
+        query_panels(M * width),
+        dout_panels(M * width),
+        dq(M * width),
+        probs(M * kBackwardKeys),
+        dscores(M * kBackwardKeys),
+        lse(M),
+        delta(M),
+        lo(M),
+        hi(M),
+        dead(M) {}
 };
 
 // What the backward tiles read and write beside their own rows.
@@ -358,8 +389,8 @@ struct Backward {
 
 // P = exp(S - lse) of one panel into probs [count][MP]; what is masked gives 0.
 template <class C>
-static void probabilities(C* scores, int64_t count, bool masked, const C* position, const C* bias, const C* lo, const C* hi,
-                          const C* lse) {
+static void probabilities(C* scores, int64_t count, bool masked, const C* position, const C* bias,
+                          const C* lo, const C* hi, const C* lse) {
   using T = Tile<C>;
   using V = typename T::V;
   const V none = set1(C(-__builtin_inf()));
@@ -382,7 +413,8 @@ static void probabilities(C* scores, int64_t count, bool masked, const C* positi
   }
 }
 
-// Loads a tile's rows: q and dout in both packings, lse and delta = rowsum(dout out) - dlse. Rows that see nothing count as zeros.
+// Loads a tile's rows: q and dout in both packings, lse and delta = rowsum(dout out) - dlse. Rows that see
+// nothing count as zeros.
 template <class E, class C = typename Of<E>::C>
 static void load_rows(const RowTile<E>& rows, BackwardState<C>& w) {
   using T = Tile<C>;
@@ -417,7 +449,8 @@ static void add_keys(const C* a, int64_t count, int panels, const C* b, int64_t 
   for (int64_t d = 0; d < width; d += T::NP) {
     const C* right = b + d * M;
     int64_t n = 0;
-    for (; n + T::R <= count; n += T::R) accumulate_keys<T::R, C>(a + n * T::MP, panel, panels, right, out + n * width + d, width);
+    for (; n + T::R <= count; n += T::R)
+      accumulate_keys<T::R, C>(a + n * T::MP, panel, panels, right, out + n * width + d, width);
     for (; n + T::R * 2 / 3 <= count; n += T::R * 2 / 3)
       accumulate_keys<T::R * 2 / 3, C>(a + n * T::MP, panel, panels, right, out + n * width + d, width);
     for (; n < count; n += T::R / 3)
@@ -427,8 +460,8 @@ static void add_keys(const C* a, int64_t count, int panels, const C* b, int64_t 
 
 // One block of keys [n0, n0 + nn) against one tile of rows: dQ of the tile, dK, dV and dbias of the chunk.
 template <class E, class C = typename Of<E>::C>
-static void backward_block(const Backward<E>& x, const RowTile<E>& rows, int64_t n0, int64_t nn, BackwardState<C>& w, C* dk, C* dv,
-                           C* dbias) {
+static void backward_block(const Backward<E>& x, const RowTile<E>& rows, int64_t n0, int64_t nn,
+                           BackwardState<C>& w, C* dk, C* dv, C* dbias) {
   using T = Tile<C>;
   const Attention& p = x.keys.p;
   const Sequence& s = rows.s;
@@ -444,8 +477,8 @@ static void backward_block(const Backward<E>& x, const RowTile<E>& rows, int64_t
       for (int i = 0; i < T::NB; ++i)
         for (int j = 0; j < 3; ++j) store(probs + (n + i) * T::MP + j * T::L, c[i][j]);
     }
-    probabilities<C>(probs, nn, rows.masked(x.keys.position + s.keys, n0, nn, panel), position, bias, w.lo + at, w.hi + at,
-                     w.lse + at);
+    probabilities<C>(probs, nn, rows.masked(x.keys.position + s.keys, n0, nn, panel), position, bias,
+                     w.lo + at, w.hi + at, w.lse + at);
     for (int64_t n = 0; n < nn; n += T::NB) {
       scores_tile(x.V.part(s, rows.kh) + (n0 + n) * p.D, w.douts + at * p.D, p.D, c);
 #pragma GCC unroll 8
@@ -477,7 +510,8 @@ static void backward_block(const Backward<E>& x, const RowTile<E>& rows, int64_t
 }
 
 template <class E, class C = typename Of<E>::C>
-static void backward_tile(const Backward<E>& x, int64_t tile, int64_t kh, BackwardState<C>& w, C* dk, C* dv, C* dbias) {
+static void backward_tile(const Backward<E>& x, int64_t tile, int64_t kh, BackwardState<C>& w, C* dk, C* dv,
+                          C* dbias) {
   using T = Tile<C>;
   const Attention& p = x.keys.p;
   const RowTile<E> rows(x.keys, tile, kh, w.M, w.lo, w.hi);
@@ -495,7 +529,8 @@ static void backward_tile(const Backward<E>& x, int64_t tile, int64_t kh, Backwa
 
 // Adds the chunks of one key: dk, dv, dbias in their own dtype; a removed key's are 0.
 template <class E, class C = typename Of<E>::C>
-static void reduce_key(const Keys<C>& keys, const Sequence& s, int64_t j, const C* sums, int64_t chunks, int64_t width) {
+static void reduce_key(const Keys<C>& keys, const Sequence& s, int64_t j, const C* sums, int64_t chunks,
+                       int64_t width) {
   using T = Tile<C>;
   const Attention& p = keys.p;
   const int64_t n = keys.rank[s.ranks + j];
@@ -514,7 +549,8 @@ static void reduce_key(const Keys<C>& keys, const Sequence& s, int64_t j, const 
       store(at<E>(p.dk, s.batch, s.k_row + j, kh) + d, dk, p.D - d);
       store(at<E>(p.dv, s.batch, s.k_row + j, kh) + d, dv, p.D - d);
     }
-    for (int64_t c = 0; p.dbias && kept && c < chunks; ++c) total += first[c * s.room * (2 * width + 1) + 2 * s.room * width + n];
+    for (int64_t c = 0; p.dbias && kept && c < chunks; ++c)
+      total += first[c * s.room * (2 * width + 1) + 2 * s.room * width + n];
   }
   if (p.dbias) static_cast<C*>(p.dbias)[s.batch * p.dbias_batch + (s.k_row + j) * p.dbias_token] = total;
 }
@@ -542,10 +578,12 @@ static void backward(const Attention& p) {
         C* dk = sums + (s.keys * p.K + kh * s.room) * chunks * cell + c * s.room * cell;
         memset(dk, 0, s.room * cell * sizeof(C));
         const int64_t tiles = (b + 1 < p.B ? keys.seq[b + 1].tile : keys.tiles) - s.tile;
-        for (int64_t j = 0; j * chunks < tiles; ++j) {  // to and fro, so that a causal mask loads the chunks alike
+        for (int64_t j = 0; j * chunks < tiles;
+             ++j) {  // to and fro, so that a causal mask loads the chunks alike
           const int64_t tile = j * chunks + (j & 1 ? chunks - 1 - c : c);
           if (tile < tiles)
-            backward_tile<E>(x, s.tile + tile, kh, w, dk, dk + s.room * width, p.dbias ? dk + 2 * s.room * width : nullptr);
+            backward_tile<E>(x, s.tile + tile, kh, w, dk, dk + s.room * width,
+                             p.dbias ? dk + 2 * s.room * width : nullptr);
         }
       });
   over_keys(keys, 1, [&](const Sequence& s, int64_t, int64_t n0, int64_t n1) {

@@ -1,7 +1,9 @@
-// attention_decode: a few new tokens against a long cache. The cache is read once, in its own layout, by all heads that share it;
-// it is cut over tasks by shapes alone, and the parts (m, l, O) are merged in fixed order.
+// attention_decode: a few new tokens against a long cache. The cache is read once, in its own layout, by all
+// heads that share it; it is cut over tasks by shapes alone, and the parts (m, l, O) are merged in fixed
+// order.
 //
-// Lanes of the score product are query rows (token, head), so K is broadcast and never transposed; lanes of P V are head dims.
+// Lanes of the score product are query rows (token, head), so K is broadcast and never transposed; lanes of P
+// V are head dims.
 #include "gemm.h"
 #include "parallel.h"
 
@@ -13,10 +15,11 @@ constexpr int kRows = 8;                    // query rows of a P V tile
 PALM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 PALM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// scores[keys][L rows] = K[keys][D] Q[D][L]; `ahead` walks through memory that will be read next, spread over the loop.
+// scores[keys][L rows] = K[keys][D] Q[D][L]; `ahead` walks through memory that will be read next, spread over
+// the loop.
 template <int keys, class C>
-PALM_INLINE void score_rows(const C* k, int64_t stride, const C* q, int64_t ldq, int64_t D, C* scores, int64_t lds,
-                            const char* ahead, int64_t bytes) {
+PALM_INLINE void score_rows(const C* k, int64_t stride, const C* q, int64_t ldq, int64_t D, C* scores,
+                            int64_t lds, const char* ahead, int64_t bytes) {
   typename Of<C>::V c[keys];
 #pragma GCC unroll 24
   for (int i = 0; i < keys; ++i) c[i] = typename Of<C>::V{};
@@ -33,8 +36,8 @@ PALM_INLINE void score_rows(const C* k, int64_t stride, const C* q, int64_t ldq,
 
 // out[kRows][NP] = alpha out + P[n][kRows]^T V[n][NP]
 template <class C>
-PALM_INLINE void value_rows(const C* probs, int64_t ldp, const C* v, int64_t stride, int64_t count, C* out, int64_t ld,
-                            const C* alpha) {
+PALM_INLINE void value_rows(const C* probs, int64_t ldp, const C* v, int64_t stride, int64_t count, C* out,
+                            int64_t ld, const C* alpha) {
   constexpr int L = W<C>;
   constexpr int rows = VB == 64 ? kRows : kRows / 2;  // 16 registers hold 4 x 2 accumulators
   for (int r = 0; r < kRows; r += rows) {
@@ -84,7 +87,12 @@ template <class E, class C = typename Of<E>::C>
 struct DecodeState {
   Scratch<C> queries, tile, scores, alpha, lo, hi;
   DecodeState(const DecodePlan& x, int64_t D)
-      : queries(x.room * D), tile(kBlock * x.width), scores(kBlock * x.room), alpha(x.room), lo(x.room), hi(x.room) {}
+      : queries(x.room * D),
+        tile(kBlock * x.width),
+        scores(kBlock * x.room),
+        alpha(x.room),
+        lo(x.room),
+        hi(x.room) {}
 };
 
 // One (entry, key/value head, chunk): online softmax over its keys into `part`.
@@ -108,7 +116,8 @@ struct DecodeTask {
       const E* rows[L];
       for (int64_t i = 0; i < L; ++i) {
         const int64_t at = least(r + i, x.rows - 1), t = at / x.G, o = t + S - p.T;
-        rows[i] = r + i < x.rows ? static_cast<const E*>(p.q.data) + b * p.q.batch + t * p.q.token + (kh * x.G + at % x.G) * p.q.head
+        rows[i] = r + i < x.rows ? static_cast<const E*>(p.q.data) + b * p.q.batch + t * p.q.token +
+                                       (kh * x.G + at % x.G) * p.q.head
                                  : nullptr;
         w.lo[r + i] = C(p.left < 0 ? 0 : most(0, o - p.left));
         w.hi[r + i] = C(p.right < 0 ? o : least(o, o + p.right));
@@ -117,7 +126,8 @@ struct DecodeTask {
     }
   }
 
-  // Rows [n0, n0 + count) of the cache in compute type, zero beyond D and where the key is removed; in place where they can be.
+  // Rows [n0, n0 + count) of the cache in compute type, zero beyond D and where the key is removed; in place
+  // where they can be.
   const C* rows_of(const Heads& cache, int64_t n0, int64_t count, bool pad, int64_t& stride) {
     if constexpr (sizeof(E) == sizeof(C)) {
       if (!p.key_bias && !(pad && p.D % (2 * L))) {
@@ -170,7 +180,8 @@ struct DecodeTask {
         score_rows<kBlock, C>(k, stride, w.queries + r, x.room, p.D, scores, x.room, ahead, r ? 0 : bytes);
       else
         for (int64_t i = 0; i < count; ++i)
-          score_rows<1, C>(k + i * stride, stride, w.queries + r, x.room, p.D, scores + i * x.room, x.room, ahead, 0);
+          score_rows<1, C>(k + i * stride, stride, w.queries + r, x.room, p.D, scores + i * x.room, x.room,
+                           ahead, 0);
     }
     softmax(n0, count);
     const C* v = rows_of(p.v, n0, count, true, stride);
@@ -181,7 +192,8 @@ struct DecodeTask {
             __builtin_prefetch(reinterpret_cast<const char*>(key(p.k, n0 + count + i) + d) + line);
       }
       for (int64_t r = 0; r < x.room; r += kRows)
-        value_rows<C>(w.scores + r, x.room, v + d, stride, count, out + r * x.width + d, x.width, w.alpha + r);
+        value_rows<C>(w.scores + r, x.room, v + d, stride, count, out + r * x.width + d, x.width,
+                      w.alpha + r);
     }
   }
 
@@ -196,7 +208,8 @@ struct DecodeTask {
 
 // out and lse of one row from its chunks.
 template <class E, class C = typename Of<E>::C>
-static void merge_row(const Attention& p, const DecodePlan& x, const C* parts, int64_t chunks, int64_t b, int64_t kh, int64_t r) {
+static void merge_row(const Attention& p, const DecodePlan& x, const C* parts, int64_t chunks, int64_t b,
+                      int64_t kh, int64_t r) {
   const C none = C(-__builtin_inf());
   C top = none, total = 0;
   for (int64_t c = 0; c < chunks; ++c) {
@@ -219,7 +232,8 @@ static void merge_row(const Attention& p, const DecodePlan& x, const C* parts, i
     for (int64_t c = 0; c < chunks; ++c) sum += load(parts + c * x.part + r * x.width + d) * set1(factor[c]);
     store(out + d, dead ? inverse : sum * inverse, p.D - d);
   }
-  static_cast<C*>(p.lse.data)[b * p.lse.batch + t * p.lse.token + h * p.lse.head] = dead ? none : base + C(__builtin_log(total));
+  static_cast<C*>(p.lse.data)[b * p.lse.batch + t * p.lse.token + h * p.lse.head] =
+      dead ? none : base + C(__builtin_log(total));
 }
 
 template <class E>
@@ -230,7 +244,8 @@ static void decode(const Attention& p) {
   parallel_tasks(
       p.B * p.K * x.chunks, [&] { return DecodeState<E>(x, p.D); },
       [&](DecodeState<E>& w, int64_t i) {
-        const int64_t c = i % x.chunks, kh = i / x.chunks % p.K, b = i / x.chunks / p.K, S = p.cache_lengths[b];
+        const int64_t c = i % x.chunks, kh = i / x.chunks % p.K, b = i / x.chunks / p.K,
+                      S = p.cache_lengths[b];
         if (c * x.chunk >= S || x.rows == 0) return;
         C* part = parts + i * x.part;
         DecodeTask<E> task{p, x, w, b, kh, S, part, part + x.room * x.width, part + x.room * (x.width + 1)};

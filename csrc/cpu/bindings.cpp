@@ -132,7 +132,8 @@ static Rows rows_of(std::initializer_list<Operand> operands) {
   return rows;
 }
 
-// [batch, token, head, D]; a packed [token, head, D] has batch stride 0. lse: [batch, head, token] or [head, token].
+// [batch, token, head, D]; a packed [token, head, D] has batch stride 0. lse: [batch, head, token] or [head,
+// token].
 static Heads heads_of(const Tensor& t) {
   const int64_t d = t.dim();
   return {pointer(t), d == 4 ? t.stride(0) : 0, t.stride(d - 3), t.stride(d - 2)};
@@ -145,8 +146,9 @@ static Heads lse_of(const OptionalTensor& t) {
 static const int32_t* int32s(const OptionalTensor& t) { return static_cast<const int32_t*>(pointer(t)); }
 
 // ---- attention ----
-static Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_bias, bool causal,
-                           double scale, int64_t left, int64_t right, const Tensor& out, const OptionalTensor& lse) {
+static Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_bias,
+                           bool causal, double scale, int64_t left, int64_t right, const Tensor& out,
+                           const OptionalTensor& lse) {
   Attention p{};
   const bool packed = q.dim() == 3;
   p.dtype = dtype_of(q);
@@ -174,8 +176,8 @@ static Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, co
   }
   return p;
 }
-static void gradients(Attention& p, const Tensor& dout, const OptionalTensor& dlse, const Tensor& dq, const Tensor& dk,
-                      const Tensor& dv, const OptionalTensor& dbias) {
+static void gradients(Attention& p, const Tensor& dout, const OptionalTensor& dlse, const Tensor& dq,
+                      const Tensor& dk, const Tensor& dv, const OptionalTensor& dbias) {
   p.dout = heads_of(dout);
   p.dlse = lse_of(dlse);
   p.dq = heads_of(dq);
@@ -194,36 +196,40 @@ static void pack(Attention& p, const Tensor& q, const Tensor& k, const Tensor& c
   p.q_rows = q.size(0);
   p.k_rows = k.size(0);
 }
-static void attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor key_bias, OptionalTensor prefix_lengths, bool causal,
-                          double scale, int64_t left, int64_t right, Tensor out, Tensor lse) {
+static void attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor key_bias,
+                          OptionalTensor prefix_lengths, bool causal, double scale, int64_t left,
+                          int64_t right, Tensor out, Tensor lse) {
   Attention p = attention(q, k, v, key_bias, causal, scale, left, right, out, lse);
   p.prefix_lengths = int32s(prefix_lengths);
   kernels().attention_fwd(p);
 }
-static void attention_bwd(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                          OptionalTensor key_bias, OptionalTensor prefix_lengths, bool causal, double scale, int64_t left,
-                          int64_t right, Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias) {
+static void attention_bwd(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
+                          Tensor lse, OptionalTensor key_bias, OptionalTensor prefix_lengths, bool causal,
+                          double scale, int64_t left, int64_t right, Tensor dq, Tensor dk, Tensor dv,
+                          OptionalTensor dbias) {
   Attention p = attention(q, k, v, key_bias, causal, scale, left, right, out, lse);
   p.prefix_lengths = int32s(prefix_lengths);
   gradients(p, dout, dlse, dq, dk, dv, dbias);
   kernels().attention_bwd(p);
 }
-static int64_t attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, OptionalTensor key_bias, bool causal,
-                                    double scale, int64_t left, int64_t right, Tensor out, Tensor lse) {
+static int64_t attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k,
+                                    OptionalTensor key_bias, bool causal, double scale, int64_t left,
+                                    int64_t right, Tensor out, Tensor lse) {
   Attention p = attention(q, k, v, key_bias, causal, scale, left, right, out, lse);
   pack(p, q, k, cu_q, cu_k);
   return kernels().attention_fwd(p);
 }
-static int64_t attention_varlen_bwd(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                    Tensor cu_q, Tensor cu_k, OptionalTensor key_bias, bool causal, double scale, int64_t left,
-                                    int64_t right, Tensor dq, Tensor dk, Tensor dv, OptionalTensor dbias) {
+static int64_t attention_varlen_bwd(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v,
+                                    Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, OptionalTensor key_bias,
+                                    bool causal, double scale, int64_t left, int64_t right, Tensor dq,
+                                    Tensor dk, Tensor dv, OptionalTensor dbias) {
   Attention p = attention(q, k, v, key_bias, causal, scale, left, right, out, lse);
   pack(p, q, k, cu_q, cu_k);
   gradients(p, dout, dlse, dq, dk, dv, dbias);
   return kernels().attention_bwd(p);
 }
-static int64_t attention_decode(Tensor q, Tensor k, Tensor v, Tensor cache_lengths, OptionalTensor key_bias, double scale,
-                                int64_t left, int64_t right, Tensor out, Tensor lse) {
+static int64_t attention_decode(Tensor q, Tensor k, Tensor v, Tensor cache_lengths, OptionalTensor key_bias,
+                                double scale, int64_t left, int64_t right, Tensor out, Tensor lse) {
   Attention p = attention(q, k, v, key_bias, true, scale, left, right, out, lse);
   p.cache_lengths = int32s(cache_lengths);
   return kernels().attention_decode(p);
@@ -240,32 +246,36 @@ static void* gain(Norm& p, const OptionalTensor& t) {
   if (!t) return nullptr;
   const Dtype dtype = dtype_of(*t);
   const bool halves = p.dtype == Dtype::bf16 || p.dtype == Dtype::f16;
-  STD_TORCH_CHECK(t->is_contiguous() && t->numel() == p.cols && (dtype == p.dtype || (halves && dtype == Dtype::f32)),
-                  "palm_kernels_cpu: norm: bad weight or bias");
+  STD_TORCH_CHECK(
+      t->is_contiguous() && t->numel() == p.cols && (dtype == p.dtype || (halves && dtype == Dtype::f32)),
+      "palm_kernels_cpu: norm: bad weight or bias");
   p.gain_dtype = dtype;
   return pointer(t);
 }
 static Norm norm_fwd(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                     const OptionalTensor& bias, double eps, double offset, const Tensor& out, const OptionalTensor& sum,
-                     const OptionalTensor& mean, const OptionalTensor& rstd) {
+                     const OptionalTensor& bias, double eps, double offset, const Tensor& out,
+                     const OptionalTensor& sum, const OptionalTensor& mean, const OptionalTensor& rstd) {
   Norm p{};
   p.dtype = p.gain_dtype = dtype_of(x);
   p.cols = x.size(-1);
   p.eps = eps;
   p.offset = offset;
-  STD_TORCH_CHECK(residual.has_value() == sum.has_value(), "palm_kernels_cpu: norm: residual and sum go together");
+  STD_TORCH_CHECK(residual.has_value() == sum.has_value(),
+                  "palm_kernels_cpu: norm: residual and sum go together");
   p.rows = residual ? rows_of({{x, p.x}, {*residual, p.residual}, {*sum, p.sum}, {out, p.out}})
                     : rows_of({{x, p.x}, {out, p.out}});
   p.weight = gain(p, weight);
   p.bias = gain(p, bias);
-  STD_TORCH_CHECK(!weight || !bias || dtype_of(*weight) == dtype_of(*bias), "palm_kernels_cpu: norm: two gain dtypes");
+  STD_TORCH_CHECK(!weight || !bias || dtype_of(*weight) == dtype_of(*bias),
+                  "palm_kernels_cpu: norm: two gain dtypes");
   p.mean = statistic(p, mean);
   p.rstd = statistic(p, rstd);
   return p;
 }
-static Norm norm_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& mean,
-                     const Tensor& rstd, const OptionalTensor& dsum, double offset, const Tensor& dx,
-                     const OptionalTensor& dweight, const OptionalTensor& dbias) {
+static Norm norm_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& weight,
+                     const OptionalTensor& mean, const Tensor& rstd, const OptionalTensor& dsum,
+                     double offset, const Tensor& dx, const OptionalTensor& dweight,
+                     const OptionalTensor& dbias) {
   Norm p{};
   p.dtype = p.gain_dtype = dtype_of(x);
   p.cols = x.size(-1);
@@ -281,26 +291,28 @@ static Norm norm_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& 
   p.rstd = statistic(p, rstd);
   return p;
 }
-static void rms_norm_fwd(Tensor x, OptionalTensor residual, OptionalTensor weight, double eps, double offset, Tensor out,
-                         OptionalTensor sum, OptionalTensor rstd) {
+static void rms_norm_fwd(Tensor x, OptionalTensor residual, OptionalTensor weight, double eps, double offset,
+                         Tensor out, OptionalTensor sum, OptionalTensor rstd) {
   kernels().rms_norm_fwd(norm_fwd(x, residual, weight, {}, eps, offset, out, sum, {}, rstd));
 }
-static void rms_norm_bwd(Tensor dout, Tensor x, OptionalTensor weight, Tensor rstd, OptionalTensor dsum, double offset,
-                         Tensor dx, OptionalTensor dweight) {
+static void rms_norm_bwd(Tensor dout, Tensor x, OptionalTensor weight, Tensor rstd, OptionalTensor dsum,
+                         double offset, Tensor dx, OptionalTensor dweight) {
   kernels().rms_norm_bwd(norm_bwd(dout, x, weight, {}, rstd, dsum, offset, dx, dweight, {}));
 }
-static void layer_norm_fwd(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, double eps,
-                           double offset, Tensor out, OptionalTensor sum, OptionalTensor mean, OptionalTensor rstd) {
+static void layer_norm_fwd(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
+                           double eps, double offset, Tensor out, OptionalTensor sum, OptionalTensor mean,
+                           OptionalTensor rstd) {
   kernels().layer_norm_fwd(norm_fwd(x, residual, weight, bias, eps, offset, out, sum, mean, rstd));
 }
-static void layer_norm_bwd(Tensor dout, Tensor x, OptionalTensor weight, Tensor mean, Tensor rstd, OptionalTensor dsum,
-                           double offset, Tensor dx, OptionalTensor dweight, OptionalTensor dbias) {
+static void layer_norm_bwd(Tensor dout, Tensor x, OptionalTensor weight, Tensor mean, Tensor rstd,
+                           OptionalTensor dsum, double offset, Tensor dx, OptionalTensor dweight,
+                           OptionalTensor dbias) {
   kernels().layer_norm_bwd(norm_bwd(dout, x, weight, mean, rstd, dsum, offset, dx, dweight, dbias));
 }
 
 // ---- rotary ----
-static int64_t rotary(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool interleaved, bool conjugate,
-                      Tensor out) {
+static int64_t rotary(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, bool interleaved,
+                      bool conjugate, Tensor out) {
   Rotary p{};
   p.dtype = dtype_of(x);
   p.rows = rows_of({{x, p.x}, {out, p.out}});
@@ -315,8 +327,9 @@ static int64_t rotary(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions
   p.interleaved = interleaved;
   p.conjugate = conjugate;
   const Dtype wide = p.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32;
-  STD_TORCH_CHECK(dtype_of(cos) == wide && dtype_of(sin) == wide && sin.size(0) == p.length && sin.size(1) == p.half &&
-                      2 * p.half <= p.cols && (p.half < 2 || (cos.stride(1) == 1 && sin.stride(1) == 1)),
+  STD_TORCH_CHECK(dtype_of(cos) == wide && dtype_of(sin) == wide && sin.size(0) == p.length &&
+                      sin.size(1) == p.half && 2 * p.half <= p.cols &&
+                      (p.half < 2 || (cos.stride(1) == 1 && sin.stride(1) == 1)),
                   "palm_kernels_cpu: rotary: bad cos or sin");
   p.cos = pointer(cos);
   p.sin = pointer(sin);
@@ -483,36 +496,48 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def(
-      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? prefix_lengths, bool causal, float scale, int left, "
+      "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? prefix_lengths, bool causal, "
+      "float scale, int left, "
       "int right, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_bias, "
-      "Tensor? prefix_lengths, bool causal, float scale, int left, int right, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+      "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? key_bias, "
+      "Tensor? prefix_lengths, bool causal, float scale, int left, int right, Tensor(a!) dq, Tensor(b!) dk, "
+      "Tensor(c!) dv, "
       "Tensor(d!)? dbias) -> ()");
   m.def(
-      "attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? key_bias, bool causal, "
+      "attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? "
+      "key_bias, bool causal, "
       "float scale, int left, int right, Tensor(a!) out, Tensor(b!) lse) -> int");
   m.def(
-      "attention_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
-      "Tensor cu_seqlens_k, Tensor? key_bias, bool causal, float scale, int left, int right, Tensor(a!) dq, Tensor(b!) dk, "
+      "attention_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, Tensor? key_bias, bool causal, float scale, int left, int right, Tensor(a!) dq, "
+      "Tensor(b!) dk, "
       "Tensor(c!) dv, Tensor(d!)? dbias) -> int");
   m.def(
-      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? key_bias, float scale, int left, "
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? key_bias, "
+      "float scale, int left, "
       "int right, Tensor(a!) out, Tensor(b!) lse) -> int");
   m.def(
-      "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float offset, Tensor(a!) out, "
+      "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float offset, "
+      "Tensor(a!) out, "
       "Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()");
   m.def(
-      "layer_norm_bwd(Tensor dout, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dsum, float offset, "
+      "layer_norm_bwd(Tensor dout, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dsum, float "
+      "offset, "
       "Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()");
   m.def(
-      "rms_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, Tensor(a!) out, Tensor(b!)? sum, "
+      "rms_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, Tensor(a!) out, "
+      "Tensor(b!)? sum, "
       "Tensor(c!)? rstd) -> ()");
   m.def(
-      "rms_norm_bwd(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, Tensor? dsum, float offset, Tensor(a!) dx, "
+      "rms_norm_bwd(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, Tensor? dsum, float offset, "
+      "Tensor(a!) dx, "
       "Tensor(b!)? dweight) -> ()");
   m.def(
-      "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate, Tensor(a!) out) -> int");
+      "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate, "
+      "Tensor(a!) out) -> int");
   m.def(
       "cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, "
       "int ignore_index, float label_smoothing, float z_loss, float logit_scale, str reduction, "

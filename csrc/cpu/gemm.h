@@ -1,13 +1,15 @@
-// Register-tile micro-kernels and the packing that lets them run at the machine's FMA rate: with packed operands each kernel reads
-// contiguous vectors on one side and broadcasts from one base pointer on the other.
+// Register-tile micro-kernels and the packing that lets them run at the machine's FMA rate: with packed
+// operands each kernel reads contiguous vectors on one side and broadcasts from one base pointer on the
+// other.
 #pragma once
 
 #include "simd.h"
 
 namespace palm::cpu::ISA {
 
-// Sizes for compute type C: L lanes; keys x queries tile of the score kernel is NB x MP (24 or 12 accumulators: what 32 or 16
-// registers hold beside the operands), rows x columns tile of the other two is R x NP.
+// Sizes for compute type C: L lanes; keys x queries tile of the score kernel is NB x MP (24 or 12
+// accumulators: what 32 or 16 registers hold beside the operands), rows x columns tile of the other two is R
+// x NP.
 template <class C>
 struct Tile {
   using V = typename Of<C>::V;
@@ -73,7 +75,8 @@ static void pack_columns(const E* const* rows, int64_t D, C scale, C* dst, int64
   }
 }
 
-// One row of panels: dst[panel * stride + lane] = scale * row[panel * NP + lane], zero beyond D; a null row counts as zeros.
+// One row of panels: dst[panel * stride + lane] = scale * row[panel * NP + lane], zero beyond D; a null row
+// counts as zeros.
 template <class E, class C = typename Of<E>::C>
 PALM_INLINE void pack_row(const E* row, int64_t D, C scale, C* dst, int64_t stride) {
   constexpr int L = W<E>;
@@ -107,7 +110,8 @@ PALM_INLINE void scores_tile(const C* a, const C* b, int64_t D, typename T::V (*
   }
 }
 
-// out[R][NP] = (first ? 0 : alpha * out) + A[n][R]^T B[n][NP], n < count; A's rows are MP apart. alpha null: 1.
+// out[R][NP] = (first ? 0 : alpha * out) + A[n][R]^T B[n][NP], n < count; A's rows are MP apart. alpha
+// null: 1.
 template <class C, bool first, bool rescale, class T = Tile<C>>
 PALM_INLINE void accumulate_rows(const C* a, const C* b, int64_t count, C* out, int64_t ld, const C* alpha) {
   typename T::V c[T::R][2];
@@ -139,7 +143,8 @@ PALM_INLINE void accumulate_rows(const C* a, const C* b, int64_t count, C* out, 
   }
 }
 
-// out[rows][NP] += A[row][m] B[m][NP], m over `panels` panels of MP queries, `panel` elements apart in A; A's rows are MP apart.
+// out[rows][NP] += A[row][m] B[m][NP], m over `panels` panels of MP queries, `panel` elements apart in A; A's
+// rows are MP apart.
 template <int rows, class C, class T = Tile<C>>
 PALM_INLINE void accumulate_keys(const C* a, int64_t panel, int panels, const C* b, C* out, int64_t ld) {
   typename T::V c[rows][2];

@@ -1,5 +1,6 @@
-// rms_norm and layer_norm (kCentred) in one source. A row comes from memory once and is read again from cache:
-// forward reads x (and residual) and writes out (and sum), backward reads dout, x (and dsum) and writes dx.
+// rms_norm and layer_norm (kCentred) in one source. A row comes from memory once and is read again from
+// cache: forward reads x (and residual) and writes out (and sum), backward reads dout, x (and dsum) and
+// writes dx.
 #include "parallel.h"
 #include "simd.h"
 
@@ -90,7 +91,8 @@ static void fwd(const Norm& p) {
       if (p.residual.data) {
         const E* residual = row<E>(p.rows, p.residual, r);
         E* sum = row<E>(p.rows, p.sum, r);
-        each<E>(p.cols, [&](int64_t i, int64_t n) { store(sum + i, load(x + i, n) + load(residual + i, n), n); });
+        each<E>(p.cols,
+                [&](int64_t i, int64_t n) { store(sum + i, load(x + i, n) + load(residual + i, n), n); });
         x = sum;  // as stored: the norm is of the rounded sum
       }
       const auto [mean, rstd] = statistics<E, kCentred>(x, p.cols, p.eps);
@@ -110,10 +112,11 @@ static void fwd(const Norm& p) {
   });
 }
 
-// One row of backward, with x^ = (x - mean) rstd, h = dout gain: dx = rstd (h - mean h - x^ mean(h x^)) + dsum,
-// dweight += dout x^, dbias += dout. dx may be the memory of dout, dsum or x.
+// One row of backward, with x^ = (x - mean) rstd, h = dout gain: dx = rstd (h - mean h - x^ mean(h x^)) +
+// dsum, dweight += dout x^, dbias += dout. dx may be the memory of dout, dsum or x.
 template <class E, class G, bool kCentred>
-PALM_INLINE void backward_row(const Norm& p, int64_t r, typename Of<E>::C* dweight, typename Of<E>::C* dbias) {
+PALM_INLINE void backward_row(const Norm& p, int64_t r, typename Of<E>::C* dweight,
+                              typename Of<E>::C* dbias) {
   using C = typename Of<E>::C;
   using V = typename Of<E>::V;
   const E *x = row<E>(p.rows, p.x, r), *dout = row<E>(p.rows, p.dout, r);
@@ -126,7 +129,9 @@ PALM_INLINE void backward_row(const Norm& p, int64_t r, typename Of<E>::C* dweig
     const V v = load(x + i, n);
     return kCentred ? (v - m) * s : v * s;
   };
-  const auto slope = [&](V d, int64_t i, int64_t n) { return weight ? rounded(d * (load(weight + i, n) + offset)) : d; };
+  const auto slope = [&](V d, int64_t i, int64_t n) {
+    return weight ? rounded(d * (load(weight + i, n) + offset)) : d;
+  };
   const auto sums = fold<E>(p.cols, [&](int64_t i, int64_t n, V& one, V& two) {
     const V d = load(dout + i, n), h = slope(d, i, n), v = normed(i, n);
     if constexpr (kCentred) one += h;
@@ -153,7 +158,8 @@ static void bwd(const Norm& p) {
   int64_t length = kGrain / (cols + 1) + 1;
   if (length < rows / kMostChunks) length = rows / kMostChunks;
   length = length < kShortest ? kShortest : length > kLongest ? kLongest : length;
-  const int64_t chunks = (rows + length - 1) / length, width = cols * ((p.dweight ? 1 : 0) + (p.dbias ? 1 : 0));
+  const int64_t chunks = (rows + length - 1) / length,
+                width = cols * ((p.dweight ? 1 : 0) + (p.dbias ? 1 : 0));
   Scratch<C> partial(chunks * width);
   parallel_for(chunks, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t chunk = lo; chunk < hi; ++chunk) {

@@ -9,12 +9,13 @@ constexpr int64_t kGrain = 32768;  // elements a thread takes at least: a few mi
 
 // Every pair is loaded before it is stored, so y may be x.
 template <class E>
-PALM_INLINE void turn_halves(const E* x, E* y, const typename Of<E>::C* cos, const typename Of<E>::C* sin, int64_t half,
-                             bool conjugate) {
+PALM_INLINE void turn_halves(const E* x, E* y, const typename Of<E>::C* cos, const typename Of<E>::C* sin,
+                             int64_t half, bool conjugate) {
   const auto sign = set1(typename Of<E>::C(conjugate ? -1 : 1));
   for (int64_t i = 0; i < half; i += W<E>) {
     const int64_t n = half - i;
-    const auto x1 = load(x + i, n), x2 = load(x + half + i, n), c = load(cos + i, n), s = load(sin + i, n) * sign;
+    const auto x1 = load(x + i, n), x2 = load(x + half + i, n), c = load(cos + i, n),
+               s = load(sin + i, n) * sign;
     store(y + i, rotated(x1, x2, c, s), n);
     store(y + half + i, rotated(x2, x1, c, -s), n);
   }
@@ -51,8 +52,8 @@ PALM_INLINE vd doubled(const double* p, int64_t n) {
 }
 
 template <class E>
-PALM_INLINE void turn_pairs(const E* x, E* y, const typename Of<E>::C* cos, const typename Of<E>::C* sin, int64_t half,
-                            bool conjugate) {
+PALM_INLINE void turn_pairs(const E* x, E* y, const typename Of<E>::C* cos, const typename Of<E>::C* sin,
+                            int64_t half, bool conjugate) {
   typename Of<E>::V sign;
   for (int i = 0; i < W<E>; ++i) sign[i] = (i & 1) == conjugate ? -1 : 1;
   for (int64_t i = 0; i < 2 * half; i += W<E>) {

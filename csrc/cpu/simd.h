@@ -151,7 +151,8 @@ PALM_INLINE typename Of<E>::C load1(const E* p) {
 PALM_INLINE float load1(const float* p) { return *p; }
 PALM_INLINE double load1(const double* p) { return *p; }
 
-// v as rounded: the compiler must not fuse the product that made it into a later sum (where the sum should cancel exactly).
+// v as rounded: the compiler must not fuse the product that made it into a later sum (where the sum should
+// cancel exactly).
 template <class V>
 PALM_INLINE V rounded(V v) {
 #if defined(__x86_64__)
