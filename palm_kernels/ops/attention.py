@@ -344,6 +344,6 @@ def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     empty = total == 0
     safe = torch.where(empty, 1.0, total)
     shares = (weights / safe).transpose(-1, -2).unsqueeze(-1)  # [parts,B,T,H,1]
-    out = sum(share * out.to(share.dtype) for share, (out, _) in zip(shares, parts, strict=True))
+    out = torch.stack([share * out.to(share.dtype) for share, (out, _) in zip(shares, parts, strict=True)]).sum(0)
     lse = torch.where(empty, -torch.inf, torch.log(safe) + base)
     return out.to(parts[0][0].dtype), lse

@@ -202,13 +202,14 @@ _bwd = define(
 )
 
 
-def _flops(x, w_in, w_out, heads, kv_heads, head_dim, gemms: int, products: int) -> int:
+def _flops(x, w_in, w_out, sizes, gemms: int, products: int) -> int:
+    heads, kv_heads, head_dim = sizes
     attention = attention_flops((*x[:2], heads, head_dim), (x[0], x[1], kv_heads, head_dim), products)
     return gemms * 2 * math.prod(x[:2]) * (math.prod(w_in) + math.prod(w_out)) + attention
 
 
-flops(_fwd, lambda x, _, w_in, w_out, *rest, out_shape=None, **__: _flops(x, w_in, w_out, *rest[5:8], 1, 2))
-flops(_bwd, lambda _, x, __, w_in, w_out, *rest, out_shape=None, **___: _flops(x, w_in, w_out, *rest[10:13], 2, 5))
+flops(_fwd, lambda x, _, w_in, w_out, *rest, out_shape=None, **__: _flops(x, w_in, w_out, rest[5:8], 1, 2))
+flops(_bwd, lambda _, x, __, w_in, w_out, *rest, out_shape=None, **___: _flops(x, w_in, w_out, rest[10:13], 2, 5))
 
 
 class ParallelBlock(torch.autograd.Function):
