@@ -15,7 +15,7 @@ from ..dispatch import define, flops, last_contiguous, needs_autograd, public, r
 
 REDUCTIONS = ("none", "mean", "sum")
 CHUNK_BYTES = 2**25  # of logits at a time,
-CHUNK_ROWS = 64  # but no fewer rows: below, the GEMMs wait for the weight to be read
+CHUNK_ROWS = 128  # but no fewer rows: with 64 the GEMMs run at two thirds of their rate
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float logit_scale"
 
 
