@@ -253,3 +253,12 @@ def test_meta_and_vmap():
     assert pk.cross_entropy(x, y).shape == () and pk.cross_entropy(x, y, reduction="none").shape == (3,)
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.vmap(pk.cross_entropy)(randn(2, 3, 4, grad=False), torch.zeros(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.isa
+def test_no_subnormal_gradients():
+    """Probabilities below the smallest normal number are 0: a GEMM over them would run many times slower."""
+    logits = (torch.arange(400.0) * -0.5).repeat(2, 1).requires_grad_()
+    pk.cross_entropy(logits, torch.tensor([0, 399]), reduction="sum").backward()
+    tiny = torch.finfo(torch.float32).tiny
+    assert not ((logits.grad != 0) & (logits.grad.abs() < tiny)).any() and logits.grad[0, 170] != 0

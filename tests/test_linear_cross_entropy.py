@@ -68,8 +68,8 @@ def test_several_chunks(dtype, reduction, ignored, small_chunks):
 
 
 def test_chunk_sizes():
-    """Tens of MB of logits, never fewer than 64 rows where there are 64, nearly equal chunks."""
-    assert module._chunk_rows(8192, 256_000, 4) == 64
+    """Tens of MB of logits, never fewer than 128 rows where there are 128, nearly equal chunks."""
+    assert module._chunk_rows(8192, 256_000, 4) == 128
     assert module._chunk_rows(8192, 32_000, 4) == 256
     assert module._chunk_rows(300, 32_000, 4) == 150
     assert module._chunk_rows(5000, 9, 4) == 5000
