@@ -20,22 +20,28 @@ PALM_INLINE V first(V v, int64_t n) {
   return index < decltype(index[0] + index[0])(n) ? v : V{};
 }
 
-template <class C>
-struct Two {
-  C one, two;
+template <class C, int N>
+struct Sums {
+  C of[N];
 };
 
-// The two sums to which f(col, n, one, two) adds the vectors of a row, in four chains so that adds overlap.
-template <class E, class F>
-PALM_INLINE Two<typename Of<E>::C> fold(int64_t cols, F&& f) {
-  typename Of<E>::V one[4] = {}, two[4] = {};
+// The N sums to which f(col, n, sums) adds the vectors of a row, in four chains so that adds overlap.
+template <class E, int N, class F>
+PALM_INLINE Sums<typename Of<E>::C, N> fold(int64_t cols, F&& f) {
+  typename Of<E>::V a[N] = {}, b[N] = {}, c[N] = {}, d[N] = {};
   constexpr int64_t w = W<E>;
   int64_t i = 0;
-  for (; i + 4 * w <= cols; i += 4 * w)
-    for (int k = 0; k < 4; ++k) f(i + k * w, w, one[k], two[k]);
-  for (; i + w <= cols; i += w) f(i, w, one[0], two[0]);
-  if (i < cols) f(i, cols - i, one[1], two[1]);
-  return {hsum((one[0] + one[1]) + (one[2] + one[3])), hsum((two[0] + two[1]) + (two[2] + two[3]))};
+  for (; i + 4 * w <= cols; i += 4 * w) {
+    f(i, w, a);
+    f(i + w, w, b);
+    f(i + 2 * w, w, c);
+    f(i + 3 * w, w, d);
+  }
+  for (; i + w <= cols; i += w) f(i, w, a);
+  if (i < cols) f(i, cols - i, b);
+  Sums<typename Of<E>::C, N> sums;
+  for (int k = 0; k < N; ++k) sums.of[k] = hsum((a[k] + b[k]) + (c[k] + d[k]));
+  return sums;
 }
 
 // f(col, n) for the vectors of a row.
@@ -57,24 +63,24 @@ PALM_INLINE Statistics<typename Of<E>::C> statistics(const E* x, int64_t cols, d
   using V = typename Of<E>::V;
   C mean = 0, variance;
   if constexpr (kCentred) {
-    mean = fold<E>(cols, [&](int64_t i, int64_t n, V& sum, V&) { sum += load(x + i, n); }).one / C(cols);
+    mean = fold<E, 1>(cols, [&](int64_t i, int64_t n, V* sum) { sum[0] += load(x + i, n); }).of[0] / C(cols);
     const V at = set1(mean);
-    const auto moments = fold<E>(cols, [&](int64_t i, int64_t n, V& sum, V& squares) {
+    const auto moments = fold<E, 2>(cols, [&](int64_t i, int64_t n, V* sum) {
       const V c = first(load(x + i, n) - at, n);
-      sum += c;
-      squares += c * c;
+      sum[0] += c;
+      sum[1] += c * c;
     });
     // What rounding left of the mean is taken out of both: |mean| may be far above the deviation.
-    const C left = moments.one / C(cols);
+    const C left = moments.of[0] / C(cols);
     mean += left;
-    variance = moments.two / C(cols);
+    variance = moments.of[1] / C(cols);
     variance -= left * left < variance ? left * left : C(0);
   } else {
-    const auto add = [&](int64_t i, int64_t n, V&, V& squares) {
+    const auto add = [&](int64_t i, int64_t n, V* squares) {
       const V v = load(x + i, n);
-      squares += v * v;
+      squares[0] += v * v;
     };
-    variance = fold<E>(cols, add).two / C(cols);
+    variance = fold<E, 1>(cols, add).of[0] / C(cols);
   }
   if constexpr (sizeof(C) == 4) return {mean, 1 / __builtin_sqrtf(variance + C(eps))};
   return {mean, C(1 / __builtin_sqrt(variance + eps))};
@@ -132,18 +138,31 @@ PALM_INLINE void backward_row(const Norm& p, int64_t r, typename Of<E>::C* dweig
   const auto slope = [&](V d, int64_t i, int64_t n) {
     return weight ? rounded(d * (load(weight + i, n) + offset)) : d;
   };
-  const auto sums = fold<E>(p.cols, [&](int64_t i, int64_t n, V& one, V& two) {
+  const auto sums = fold<E, kCentred ? 3 : 1>(p.cols, [&](int64_t i, int64_t n, V* sum) {
     const V d = load(dout + i, n), h = slope(d, i, n), v = normed(i, n);
-    if constexpr (kCentred) one += h;
-    two += h * v;
+    sum[0] += h * v;
+    if constexpr (kCentred) {
+      sum[1] += h;
+      sum[2] += first(v, n);
+    }
     if (dweight) store(dweight + i, load(dweight + i, n) + d * v, n);
     if (dbias) store(dbias + i, load(dbias + i, n) + d, n);
   });
-  const V mean_h = set1(sums.one / C(p.cols)), mean_hx = set1(sums.two / C(p.cols));
+  C mean_hx = sums.of[0] / C(p.cols), mean_h = 0, mean_x = 0;
+  if constexpr (kCentred) {  // mean_x is what rounding left of the saved mean: all but 0, and seen in rows of
+                             // two
+    mean_h = sums.of[1] / C(p.cols);
+    mean_x = sums.of[2] / C(p.cols);
+    mean_hx -= mean_x * mean_h;
+  }
+  const V h0 = set1(mean_h), x0 = set1(mean_x), slant = set1(mean_hx);
   each<E>(p.cols, [&](int64_t i, int64_t n) {
-    V h = slope(load(dout + i, n), i, n);
-    if constexpr (kCentred) h -= mean_h;
-    V d = s * (h - normed(i, n) * mean_hx);
+    V h = slope(load(dout + i, n), i, n), v = normed(i, n);
+    if constexpr (kCentred) {
+      h -= h0;
+      v -= x0;
+    }
+    V d = s * (h - v * slant);
     if (dsum) d += load(dsum + i, n);
     store(dx + i, d, n);
   });
