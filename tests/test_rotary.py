@@ -190,6 +190,7 @@ def test_compiles():
     cos, sin = tables(9, 4)
     assert_compiles("rotary", (randn(2, 4, 3, 9), cos, sin), (randn(3, 7, 2, 8), cos, sin))
     assert_compiles("rotary", (randn(2, 4, 8), cos, sin), positions=torch.tensor([5, 0, 1, 1]), interleaved=True)
+    assert_compiles("rotary", (randn(2, 4, 8), cos, cos))
 
 
 def test_autocast_and_reference_backend():

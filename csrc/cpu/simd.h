@@ -128,12 +128,33 @@ PALM_INLINE void store(f16* p, vf v) {
   for (int i = 0; i < VB / 4; ++i) p[i].bits = float_to_f16(v[i]);
 #endif
 }
+// n < W<E> elements from p to `to`, in one instruction where the machine has it: a vector read back from
+// single stores waits for all of them. With kZero the other lanes of `to` become 0, else they stay.
+template <bool kZero, class E>
+PALM_INLINE void copy_lanes(E* to, const E* p, int64_t n) {
+#if VB == 64
+  const __mmask16 lanes = n > 0 ? (1u << n) - 1 : 0;
+  if constexpr (sizeof(E) == 2) {
+    const __m256i v = _mm256_maskz_loadu_epi16(lanes, p);
+    kZero ? _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v) : _mm256_mask_storeu_epi16(to, lanes, v);
+  } else if constexpr (sizeof(E) == 4) {
+    const __m512 v = _mm512_maskz_loadu_ps(lanes, p);
+    kZero ? _mm512_storeu_ps(to, v) : _mm512_mask_storeu_ps(to, lanes, v);
+  } else {
+    const __m512d v = _mm512_maskz_loadu_pd(lanes, p);
+    kZero ? _mm512_storeu_pd(to, v) : _mm512_mask_storeu_pd(to, lanes, v);
+  }
+#else
+  if (kZero) memset(to, 0, W<E> * sizeof(E));
+  for (int64_t i = 0; i < n; ++i) to[i] = p[i];
+#endif
+}
 // The first n lanes; the others read as 0 and are not written.
 template <class E>
 PALM_INLINE typename Of<E>::V load(const E* p, int64_t n) {
   if (n >= W<E>) return load(p);
-  E tail[W<E>] = {};
-  for (int64_t i = 0; i < n; ++i) tail[i] = p[i];
+  E tail[W<E>];
+  copy_lanes<true>(tail, p, n);
   return load(tail);
 }
 template <class E>
@@ -141,7 +162,7 @@ PALM_INLINE void store(E* p, typename Of<E>::V v, int64_t n) {
   if (n >= W<E>) return store(p, v);
   E tail[W<E>];
   store(tail, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = tail[i];
+  copy_lanes<false>(p, tail, n);
 }
 // One element, by the vector path's rounding.
 template <class E>

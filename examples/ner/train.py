@@ -64,6 +64,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--head-dim", type=positive, default=48, help="* dim of a head")
     add("--embedding-std", type=float, default=0.5, help="* standard deviation of new embeddings")
     add("--attention", choices=("bidirectional", "causal"), default="bidirectional", help="which words a word sees")
+    add("--window", type=positive, help="sub-words that a word sees on each side; absent: all, or as --model")
     add(
         "--max-length",
         type=positive,
@@ -110,6 +111,8 @@ def build(args: argparse.Namespace, corpus: Corpus) -> tuple[PaLMForTokenClassif
         "classifier_dropout": args.dropout,
         **labels,
     }
+    if args.window:
+        both["sliding_window"] = args.window
     if args.model:
         return load_model(args.model, **both)
     tokenizer = PaLMTokenizer.train([s.words for s in corpus.train], args.vocab)

@@ -5,6 +5,7 @@ projection (q and k rotated in place in it), lse, the attention output. The norm
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from ..checks import (
     check_floats,
     check_gain,
     check_shape,
+    distinct,
 )
 from ..dispatch import define, flops, last_contiguous, needs_autograd, public, refuse_double_backward, select
 from .attention import attention_flops, check_head_dim, check_prefix, normalise_bias, normalise_window
@@ -36,6 +38,18 @@ def _without_autocast(x: Tensor):
     """The casts were made outside; inside, a GEMM in float32 must stay one."""
     on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if on else contextlib.nullcontext()
+
+
+def _body(compose: Callable) -> Callable:
+    """compose with every last dimension contiguous, as kernels need it, and no autograd: `out=` refuses it, raw ops give none."""
+
+    @functools.wraps(compose)
+    def call(*args):
+        args = [last_contiguous(a) if isinstance(a, Tensor) else a for a in args]
+        with torch.no_grad(), _without_autocast(args[0]):
+            return compose(*args)
+
+    return call
 
 
 def _statistic(x: Tensor, shape) -> Tensor:
@@ -74,33 +88,32 @@ def _fwd_outputs(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, pre
     )
 
 
+@_body
 def _fwd_body(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix_lengths, *options):
     H, K, D, norm, eps, offset, causal, left, right, interleaved, save = options
-    x, w_in, w_out = last_contiguous(x), last_contiguous(w_in), last_contiguous(w_out)
     args = x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix_lengths
     out, mean, rstd, fused, attended, lse = outs = _fwd_outputs(*args, *options)
     B, T = x.shape[:2]
     if not save:
         fused, lse = w_in.new_empty((B, T, w_in.shape[0])), _statistic(w_in, (B, H, T))
-    with _without_autocast(x):
-        statistics = (mean if norm == "layer_norm" else None, rstd) if save else (None, None)
-        normed = _apply_norm(norm, x, norm_weight, eps, offset, *statistics, w_in.dtype)
-        torch.mm(normed, w_in.t(), out=fused.flatten(0, 1))
-        del normed
-        q, k, v, gate, up = _split(fused, H, K, D)
-        for part in (q, k):
-            bad = _kernel("rotary", "rotary", part)(part, cos, sin, positions, interleaved, False, part)
-            if bad is not None and bad >= 0:
-                bad_position("parallel_block", bad, x, cos, positions)
-        mixed = fused.new_empty((B, T, w_out.shape[1]))
-        heads, product = mixed[..., : H * D].unflatten(-1, (H, D)), mixed[..., H * D :]
-        _kernel("attention", "attention_fwd", q)(
-            q, k, v, key_bias, prefix_lengths, causal, D**-0.5, left, right, heads, lse
-        )
-        _kernel("swiglu", "swiglu_fwd", gate)(gate, up, product)
-        if save:
-            attended.copy_(heads)  # an own copy, so that the wide buffer can go
-        _add_product(x, mixed.flatten(0, 1), w_out.t(), out)
+    statistics = (mean if norm == "layer_norm" else None, rstd) if save else (None, None)
+    normed = _apply_norm(norm, x, norm_weight, eps, offset, *statistics, w_in.dtype)
+    torch.mm(normed, w_in.t(), out=fused.flatten(0, 1))
+    del normed
+    q, k, v, gate, up = _split(fused, H, K, D)
+    for part in (q, k):
+        bad = _kernel("rotary", "rotary", part)(part, cos, sin, positions, interleaved, False, part)
+        if bad is not None and bad >= 0:
+            bad_position("parallel_block", bad, x, cos, positions)
+    mixed = fused.new_empty((B, T, w_out.shape[1]))
+    heads, product = mixed[..., : H * D].unflatten(-1, (H, D)), mixed[..., H * D :]
+    _kernel("attention", "attention_fwd", q)(
+        q, k, v, key_bias, prefix_lengths, causal, D**-0.5, left, right, heads, lse
+    )
+    _kernel("swiglu", "swiglu_fwd", gate)(gate, up, product)
+    if save:
+        attended.copy_(heads)  # an own copy, so that the wide buffer can go
+    _add_product(x, mixed.flatten(0, 1), w_out.t(), out)
     return outs
 
 
@@ -118,6 +131,7 @@ def _bwd_outputs(dout, x, norm_weight, w_in, w_out, cos, sin, positions, key_bia
     return tuple(t.new_empty(t.shape) if want else x.new_empty(0) for t, want in wanted)
 
 
+@_body
 def _bwd_body(
     dout,
     x,
@@ -137,49 +151,47 @@ def _bwd_body(
     *rest,
 ):
     H, K, D, norm, eps, offset, causal, left, right, interleaved, wants = rest
-    x, w_in, w_out, dout = (last_contiguous(t) for t in (x, w_in, w_out, dout))
     args = dout, x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix_lengths
     dx, dnorm_weight, dw_in, dw_out, dkey_bias = outs = _bwd_outputs(*args, *rest)
     want_x, want_norm, want_in, want_out, want_bias = wants
     q, k, v, gate, up = _split(fused, H, K, D)
-    with _without_autocast(x):
-        dresult = dout.reshape(-1, x.shape[-1]).to(w_out.dtype)
-        if want_out:
-            mixed = fused.new_empty((*x.shape[:2], w_out.shape[1]))
-            mixed[..., : H * D].unflatten(-1, (H, D)).copy_(attended)
-            _kernel("swiglu", "swiglu_fwd", gate)(gate, up, mixed[..., H * D :])
-            torch.mm(dresult.t(), mixed.flatten(0, 1), out=dw_out)
-            del mixed
-        if not (want_x or want_norm or want_in or want_bias):
-            return outs
-        dmixed = torch.mm(dresult, w_out).view(*x.shape[:2], w_out.shape[1])
-        dfused = fused.new_empty(fused.shape)
-        dq, dk, dv, dgate, dup = _split(dfused, H, K, D)
-        _kernel("swiglu", "swiglu_bwd", gate)(dmixed[..., H * D :], gate, up, dgate, dup)
-        dheads = dmixed[..., : H * D].unflatten(-1, (H, D))
-        options = (causal, D**-0.5, left, right)
-        _kernel("attention", "attention_bwd", q)(
-            *(dheads, None, q, k, v, attended, lse, key_bias, prefix_lengths, *options),
-            *(dq, dk, dv, dkey_bias if want_bias else None),
-        )
-        del dmixed, dheads
-        if not (want_x or want_norm or want_in):
-            return outs
-        for part in (dq, dk):  # the rotation's transpose is the rotation by the negated angle
-            _kernel("rotary", "rotary", part)(part, cos, sin, positions, interleaved, True, part)
-        dprojection = dfused.flatten(0, 1)
-        if want_in:
-            normed = _apply_norm(norm, x, norm_weight, eps, offset, None, None, w_in.dtype)
-            torch.mm(dprojection.t(), normed, out=dw_in)
-            del normed
-        if want_x or want_norm:
-            dnormed = torch.mm(dprojection, w_in).view(x.shape).to(x.dtype)
-            dx = dx if want_x else dnormed  # the kernel writes dx in any case
-            gain = dnorm_weight if want_norm else None
-            if norm == "rms_norm":
-                _kernel("norm", "rms_norm_bwd", x)(dnormed, x, norm_weight, rstd, dout, offset, dx, gain)
-            else:
-                _kernel("norm", "layer_norm_bwd", x)(dnormed, x, norm_weight, mean, rstd, dout, offset, dx, gain, None)
+    dresult = dout.reshape(-1, x.shape[-1]).to(w_out.dtype)
+    if want_out:
+        mixed = fused.new_empty((*x.shape[:2], w_out.shape[1]))
+        mixed[..., : H * D].unflatten(-1, (H, D)).copy_(attended)
+        _kernel("swiglu", "swiglu_fwd", gate)(gate, up, mixed[..., H * D :])
+        torch.mm(dresult.t(), mixed.flatten(0, 1), out=dw_out)
+        del mixed
+    if not (want_x or want_norm or want_in or want_bias):
+        return outs
+    dmixed = torch.mm(dresult, w_out).view(*x.shape[:2], w_out.shape[1])
+    dfused = fused.new_empty(fused.shape)
+    dq, dk, dv, dgate, dup = _split(dfused, H, K, D)
+    dheads = dmixed[..., : H * D].unflatten(-1, (H, D))
+    options = (causal, D**-0.5, left, right)
+    _kernel("attention", "attention_bwd", q)(
+        *(dheads, None, q, k, v, attended, lse, key_bias, prefix_lengths, *options),
+        *(dq, dk, dv, dkey_bias if want_bias else None),
+    )
+    if not (want_x or want_norm or want_in):
+        return outs
+    _kernel("swiglu", "swiglu_bwd", gate)(dmixed[..., H * D :], gate, up, dgate, dup)
+    del dmixed, dheads
+    for part in (dq, dk):  # the rotation's transpose is the rotation by the negated angle
+        _kernel("rotary", "rotary", part)(part, cos, sin, positions, interleaved, True, part)
+    dprojection = dfused.flatten(0, 1)
+    if want_in:
+        normed = _apply_norm(norm, x, norm_weight, eps, offset, None, None, w_in.dtype)
+        torch.mm(dprojection.t(), normed, out=dw_in)
+        del normed
+    if want_x or want_norm:
+        dnormed = torch.mm(dprojection, w_in).view(x.shape).to(x.dtype)
+        dx = dx if want_x else dnormed  # the kernel writes dx in any case
+        gain = dnorm_weight if want_norm else None
+        if norm == "rms_norm":
+            _kernel("norm", "rms_norm_bwd", x)(dnormed, x, norm_weight, rstd, dout, offset, dx, gain)
+        else:
+            _kernel("norm", "layer_norm_bwd", x)(dnormed, x, norm_weight, mean, rstd, dout, offset, dx, gain, None)
     return outs
 
 
@@ -297,7 +309,7 @@ def parallel_block(
     check_prefix(op, x, prefix_lengths, causal)
     bias = normalise_bias(op, key_bias, x, x.shape[:2], "[B,T] or [1,T]")
     options = (heads, kv_heads, head_dim, norm, eps, norm_offset, causal, left, right, interleaved)
-    tensors = (x, norm_weight, w_in, w_out, cos, sin, positions, bias, prefix_lengths)
+    tensors = distinct(x, norm_weight, w_in, w_out, cos, sin, positions, bias, prefix_lengths)
     if needs_autograd(x, norm_weight, w_in, w_out, bias):
         return ParallelBlock.apply(*tensors, options)
     return _fwd(*tensors, *options, False)[0]

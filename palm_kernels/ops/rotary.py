@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_dim, check_floats, check_integers, check_shape, companion
+from ..checks import check_device, check_dim, check_floats, check_integers, check_shape, companion, distinct
 from ..dispatch import define, needs_autograd, public, refuse_double_backward
 
 
@@ -63,7 +63,7 @@ def check_tables(
     check_dim(op, "cos", cos, (2,), "[length, half]")
     check_shape(op, "sin", sin, cos.shape, "cos's shape")
     check_device(op, x=x, cos=cos, sin=sin)
-    cos, sin = companion(op, "cos", cos, x), companion(op, "sin", sin, x)
+    cos, sin = distinct(companion(op, "cos", cos, x), companion(op, "sin", sin, x))
     length, half = cos.shape
     if 2 * half > D:
         raise ValueError(f"{op}: cos has shape {list(cos.shape)}, x has {D} dims a head: need at most {D // 2} columns")
