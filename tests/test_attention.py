@@ -151,6 +151,13 @@ def test_nothing_visible():
     check_op("attention", *qkv(2, 3, 0, 2, 1, 8), return_lse=True)
 
 
+@pytest.mark.isa
+def test_one_visible_key_has_no_score_gradient():
+    """With all the weight on one key dP - delta cancels exactly: dq, dk and the bias gradient are 0, not rounding."""
+    _, grads = run(pk.attention, qkv(2, 3, 1, 4, 1, 37), {"key_bias": randn(2, 1)})
+    assert not grads[0].any() and not grads[1].any() and not grads[3].any() and grads[2].all()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 def test_non_finite_data_reaches_who_sees_it(value):
     q, k, v = qkv(1, 6, 6, 2, 1, 8)

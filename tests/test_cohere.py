@@ -1,4 +1,4 @@
-"""The independent oracle: transformers' Cohere with one key/value head is a PaLM block (PALM.md 0.3)."""
+"""The independent oracle: transformers' Cohere with one key/value head is a PaLM block."""
 
 import math
 

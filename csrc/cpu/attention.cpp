@@ -422,23 +422,24 @@ static void load_rows(const RowTile<E>& rows, BackwardState<C>& w) {
   for (int64_t i = 0; i < rows.panels() * T::MP; ++i) {
     w.lse[i] = i < rows.count ? *rows.template row<const C>(p.lse, i) : C(-__builtin_inf());
     w.dead[i] = w.lse[i] == C(-__builtin_inf());
-    w.delta[i] = 0;
-    const E *q = nullptr, *dout = nullptr;
-    if (w.dead[i]) {
-      w.lse[i] = C(__builtin_inf());  // exp(s - inf) = 0
-    } else {
-      q = rows.template row<const E>(p.q, i);
-      dout = rows.template row<const E>(p.dout, i);
-      const E* out = rows.template row<const E>(p.out, i);
-      typename T::V sum{};
-      for (int64_t d = 0; d < p.D; d += T::L) sum += load(out + d, p.D - d) * load(dout + d, p.D - d);
-      w.delta[i] = hsum(sum) - (p.dlse.data ? *rows.template row<const C>(p.dlse, i) : C(0));
-    }
+    if (w.dead[i]) w.lse[i] = C(__builtin_inf());  // exp(s - inf) = 0
+    const E* q = w.dead[i] ? nullptr : rows.template row<const E>(p.q, i);
+    const E* dout = w.dead[i] ? nullptr : rows.template row<const E>(p.dout, i);
     pack_row(q, p.D, C(p.scale), w.query_panels + i * T::NP, w.M * T::NP);
     pack_row(dout, p.D, C(1), w.dout_panels + i * T::NP, w.M * T::NP);
   }
   rows.columns(p.q, C(p.scale), w.dead, w.queries);
   rows.columns(p.dout, C(1), w.dead, w.douts);
+  rows.columns(p.out, C(1), w.dead, w.dq);  // dq is free until the first block of keys
+  // In the order in which scores_tile sums dP: where one key has all the weight, dP - delta cancels exactly.
+  for (int64_t i = 0; i < rows.panels() * T::MP; i += T::L) {
+    const int64_t at = i / T::MP * T::MP * p.D + i % T::MP;
+    typename T::V sum{};
+    for (int64_t d = 0; d < p.D; ++d) sum += load(w.dq + at + d * T::MP) * load(w.douts + at + d * T::MP);
+    store(w.delta + i, sum);
+  }
+  for (int64_t i = 0; p.dlse.data && i < rows.count; ++i)
+    if (!w.dead[i]) w.delta[i] -= *rows.template row<const C>(p.dlse, i);
 }
 
 // out[n][width] += A[n][rows] B[rows][width] over count keys, A being [panel][kBackwardKeys][MP].

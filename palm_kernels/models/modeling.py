@@ -23,7 +23,7 @@ from .configuration import PaLMConfig
 
 # transformers renamed this output from past_key_values to cache
 _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
-DECODE_ROWS = 128  # H * T up to which attention_decode is the faster reader of a cache (API.md)
+DECODE_ROWS = 128  # H * T up to which attention_decode is the faster reader of a cache
 
 
 class PaLMBlock(GradientCheckpointingLayer, ParallelBlock):
@@ -31,7 +31,7 @@ class PaLMBlock(GradientCheckpointingLayer, ParallelBlock):
 
 
 def soft_key_bias(strength: Tensor, kappa: float) -> Tensor:
-    """log(1 - min(kappa strength, 1 - 2^-10)): a softly masked key counts as a fraction of a token (PALM.md E2)."""
+    """log(1 - min(kappa strength, 1 - 2^-10)): a softly masked key counts as a fraction of a token."""
     return torch.log1p(-(kappa * strength).clamp(max=1 - 2**-10))
 
 

@@ -1,4 +1,4 @@
-"""Soft weak masking's embedding (PALM.md E1): from token ids to rows mixed with a mask, in one pass."""
+"""Soft weak masking's embedding: from token ids to rows mixed with a mask, in one pass."""
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def soft_weak_embedding(
     source_ids: Tensor | None = None,
     variance_preserving: bool = False,
 ) -> Tensor:
-    """r(a) [(1 - a) weight[ids] + a c]: each token's embedding, softly masked (PALM.md section 4, E1).
+    """r(a) [(1 - a) weight[ids] + a c]: each token's embedding, softly masked (this package's definition).
 
     ids: [...], int32 or int64, 0 <= ids < V. weight: [V, C], float32, bfloat16, float16 (float64 on the CPU).
     strength: [...], a in [0, 1], float32 (float64 beside float64). c is weight[source_ids] where source_ids >= 0 (source_ids: [...],
