@@ -324,6 +324,19 @@ def test_dataloader_worker():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_flops():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = qkv(2, 5, 7, 4, 1, 8)
+    product = 2 * 2 * 4 * 5 * 7 * 8
+    with FlopCounterMode(display=False) as counter:
+        out = pk.attention(q, k, v)
+    assert counter.get_total_flops() == 2 * product
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * product
+
+
 def test_refuses_double_backward():
     assert_refuses_double_backward("attention", *qkv(1, 3, 3, 1, 1, 4))
 

@@ -107,6 +107,7 @@ flops(_bwd, lambda dout, dlse, q, k, *_, out_shape=None, **__: attention_flops(q
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_bias, prefix_lengths, causal, scale, left, right):
+        ctx.set_materialize_grads(False)
         out, lse = _fwd(q, k, v, key_bias, prefix_lengths, causal, scale, left, right)
         ctx.save_for_backward(q, k, v, out, lse, key_bias, prefix_lengths)
         ctx.options = causal, scale, left, right
@@ -115,6 +116,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         refuse_double_backward("attention")
+        dout = torch.zeros_like(ctx.saved_tensors[3]) if dout is None else dout
         grads = _bwd(dout, dlse, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[3])
         dbias = grads[3] if ctx.needs_input_grad[3] else None
         return *grads[:3], dbias, None, None, None, None, None
@@ -123,6 +125,7 @@ class Attention(torch.autograd.Function):
 class AttentionVarlen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, causal, scale, left, right):
+        ctx.set_materialize_grads(False)
         out, lse = _varlen_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, key_bias, causal, scale, left, right)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, key_bias)
         ctx.options = causal, scale, left, right
@@ -131,6 +134,7 @@ class AttentionVarlen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         refuse_double_backward("attention_varlen")
+        dout = torch.zeros_like(ctx.saved_tensors[3]) if dout is None else dout
         grads = _varlen_bwd(dout, dlse, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[5])
         dbias = grads[3] if ctx.needs_input_grad[5] else None
         return *grads[:3], None, None, dbias, None, None, None, None
