@@ -1,206 +1,11 @@
 // Attention forward and backward (Dao 2022, algorithms 1 and 4, in the form that suits one K/V head under
 // many query heads).
 //
-// All G = H / K query heads that share a key/value head stand as rows of one tall matrix (row r is token r /
-// G, head r % G), so K and V are packed once and read by all of them. Scores are held transposed,
-// S^T[key][query]: lanes are queries, so maximum, sum, mask and exp are vertical, and P^T is already the
-// packed left operand of P V. Removed keys (bias -inf) are left out while packing: they cost nothing and
-// nothing of theirs is ever read. Gradients: see reference.py.
-#include "gemm.h"
-#include "parallel.h"
+// Scores are held transposed, S^T[key][query]: lanes are queries, so maximum, sum, mask and exp are vertical,
+// and P^T is already the packed left operand of P V. Gradients: see reference.py.
+#include "attention.h"
 
 namespace palm::cpu::ISA {
-
-PALM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PALM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <class E>
-PALM_INLINE E* at(const Heads& x, int64_t batch, int64_t token, int64_t head) {
-  return static_cast<E*>(x.data) + batch * x.batch + token * x.token + head * x.head;
-}
-
-// One batch entry, or one packed sequence.
-struct Sequence {
-  int64_t batch, q_row, k_row;  // of its first rows: a dense entry has rows 0, a packed one batch 0
-  int64_t T, S, prefix;
-  int64_t kept;         // keys that are not removed
-  int64_t room;         // S rounded up to the packing's block
-  int64_t keys, ranks;  // where its part of Keys::position, bias and of Keys::rank begins
-  int64_t tile;         // first row tile
-};
-
-struct Bounds {
-  int64_t lo, hi;
-};
-PALM_INLINE Bounds visible(const Attention& p, const Sequence& s, int64_t t) {
-  const int64_t o = t + s.S - s.T;
-  int64_t hi = s.S - 1;
-  if (p.right >= 0) hi = least(hi, o + p.right);
-  if (p.causal) hi = least(hi, most(o, s.prefix - 1));
-  return {p.left < 0 ? 0 : most(0, o - p.left), most(hi, -1)};
-}
-
-// The keys of all sequences that are not removed, in order, with what a tile asks of them.
-template <class C>
-struct Keys {
-  const Attention& p;
-  Scratch<Sequence> seq;
-  int64_t room, ranks, tiles;
-  Scratch<C> position, bias;  // of kept key n; positions beyond the last are larger than any bound
-  Scratch<int32_t> rank;      // rank[j]: kept keys before position j, j <= S
-
-  Keys(const Attention& p, int64_t tile_rows)
-      : p(p), seq(p.B + 1), position(lay_out(tile_rows)), bias(p.key_bias ? room : 0), rank(ranks) {
-    parallel_for(p.B, 1 + 16384 / most(1, p.S), [&](int64_t lo, int64_t hi) {
-      for (int64_t b = lo; b < hi; ++b) compact(seq[b]);
-    });
-  }
-
-  int64_t lay_out(int64_t tile_rows) {
-    room = ranks = tiles = 0;
-    for (int64_t b = 0; b < p.B; ++b) {
-      Sequence& s = seq[b];
-      s = {b, 0, 0, p.T, p.S, 0, 0, 0, room, ranks, tiles};
-      if (p.cu_q)
-        s = {0,    p.cu_q[b], p.cu_k[b], p.cu_q[b + 1] - p.cu_q[b], p.cu_k[b + 1] - p.cu_k[b], 0, 0, 0,
-             room, ranks,     tiles};
-      if (p.prefix_lengths) s.prefix = least(most(p.prefix_lengths[b], 0), s.S);
-      s.room = round_up(s.S, Tile<C>::NB);
-      room += s.room;
-      ranks += s.S + 1;
-      tiles += (s.T * (p.H / p.K) + tile_rows - 1) / tile_rows;
-    }
-    return room;
-  }
-
-  void compact(Sequence& s) {
-    const C* given = static_cast<const C*>(p.key_bias);
-    if (given) given += s.batch * p.bias_batch + s.k_row * p.bias_token;
-    for (int64_t j = 0; j < s.S; ++j) {
-      rank[s.ranks + j] = int32_t(s.kept);
-      const C value = given ? given[j * p.bias_token] : C(0);
-      if (value == C(-__builtin_inf())) continue;
-      position[s.keys + s.kept] = C(j);
-      if (given) bias[s.keys + s.kept] = value;
-      ++s.kept;
-    }
-    rank[s.ranks + s.S] = int32_t(s.kept);
-    for (int64_t n = s.kept; n < s.room; ++n) {
-      position[s.keys + n] = C(1e30);
-      if (given) bias[s.keys + n] = 0;
-    }
-  }
-
-  // The sequence that row tile `tile` belongs to.
-  int64_t sequence_of(int64_t tile) const {
-    int64_t lo = 0, hi = p.B;
-    while (hi - lo > 1) {
-      const int64_t middle = (lo + hi) / 2;
-      (seq[middle].tile <= tile ? lo : hi) = middle;
-    }
-    return lo;
-  }
-};
-
-// One operand of all kept keys, packed per sequence and key/value head: blocks [room / NB][D][NB] for
-// scores_tile, or panels [Dp / NP][room][NP] for the other kernels.
-template <class E, class C = typename Of<E>::C>
-struct Packed {
-  using T = Tile<C>;
-  const Keys<C>& keys;
-  int64_t width;
-  Scratch<C> data;
-
-  Packed(const Keys<C>& keys, int64_t width)
-      : keys(keys), width(width), data(keys.room * keys.p.K * width + 64) {}
-  C* part(const Sequence& s, int64_t kh) const { return data + (s.keys * keys.p.K + kh * s.room) * width; }
-
-  const E* source(const Heads& x, const Sequence& s, int64_t kh, int64_t n) const {
-    return n < s.kept ? at<E>(x, s.batch, s.k_row + int64_t(keys.position[s.keys + n]), kh) : nullptr;
-  }
-  void blocks(const Heads& x, const Sequence& s, int64_t kh, int64_t n0, int64_t n1) const {
-    const int64_t D = keys.p.D;
-    C columns[256 * T::L];
-    for (int64_t n = n0; n < n1; n += T::L) {
-      const E* rows[T::L];
-      for (int i = 0; i < T::L; ++i) rows[i] = source(x, s, kh, n + i);
-      pack_columns(rows, D, C(1), columns, T::L);
-      constexpr int step = T::L < T::NB ? T::L : T::NB;
-      for (int64_t i = n; i < least(n + T::L, s.room); i += step) {
-        C* block = part(s, kh) + i / T::NB * D * T::NB + i % T::NB;
-        for (int64_t d = 0; d < D; ++d)
-          memcpy(block + d * T::NB, columns + d * T::L + (i - n), step * sizeof(C));
-      }
-    }
-  }
-  void panels(const Heads& x, const Sequence& s, int64_t kh, int64_t n0, int64_t n1) const {
-    for (int64_t n = n0; n < least(n1, s.room); ++n)
-      pack_row(source(x, s, kh, n), keys.p.D, C(1), part(s, kh) + n * T::NP, s.room * T::NP);
-  }
-};
-
-// body(sequence, head, n0, n1) for `heads` heads of each sequence, its keys cut so that every thread has
-// work.
-template <class C, class F>
-static void over_keys(const Keys<C>& keys, int64_t heads, F&& body) {
-  const int64_t pairs = keys.p.B * heads, cuts = pairs ? 1 + 15 / pairs : 0;
-  parallel_for(pairs * cuts, 1, [&](int64_t lo, int64_t hi) {
-    for (int64_t i = lo; i < hi; ++i) {
-      const Sequence& s = keys.seq[i / cuts / heads];
-      const int64_t part = round_up((s.room + cuts - 1) / cuts, 2 * Tile<C>::L), n0 = i % cuts * part;
-      if (n0 < s.room) body(s, i / cuts % heads, n0, least(n0 + part, s.room));
-    }
-  });
-}
-
-// ---- a tile of query rows ----
-
-// The bounds of up to `panels` panels of rows; rows beyond the sequence repeat the last one's (their results
-// are dropped).
-template <class E, class C = typename Of<E>::C>
-struct RowTile {
-  using T = Tile<C>;
-  const Attention& p;
-  const Sequence& s;
-  int64_t kh, G, first, count;  // rows [first, first + count) of (sequence, kh)
-  C *lo, *hi;
-  int64_t n_begin, n_end;  // kept keys that some row sees, on packing blocks
-
-  RowTile(const Keys<C>& keys, int64_t tile, int64_t kh, int64_t tile_rows, C* lo, C* hi)
-      : p(keys.p), s(keys.seq[keys.sequence_of(tile)]), kh(kh), G(p.H / p.K), lo(lo), hi(hi) {
-    first = (tile - s.tile) * tile_rows;
-    count = least(tile_rows, s.T * G - first);
-    for (int64_t i = 0; i < tile_rows; ++i) {
-      const Bounds see = visible(p, s, (first + least(i, count - 1)) / G);
-      lo[i] = C(see.lo);
-      hi[i] = C(see.hi);
-    }
-    const int64_t from = keys.rank[s.ranks + least(int64_t(lo[0]), s.S)];
-    const int64_t to = keys.rank[s.ranks + int64_t(hi[count - 1]) + 1];
-    n_begin = from / T::NB * T::NB;
-    n_end = to > from ? round_up(to, T::NB) : n_begin;
-  }
-  // Whether some row of the panel does not see some key of [n0, n0 + nn).
-  bool masked(const C* position, int64_t n0, int64_t nn, int64_t panel) const {
-    return position[n0 + nn - 1] > hi[panel * T::MP] || position[n0] < lo[panel * T::MP + T::MP - 1];
-  }
-  template <class X>
-  X* row(const Heads& x, int64_t i) const {
-    const int64_t r = first + i;
-    return at<X>(x, s.batch, s.q_row + r / G, kh * G + r % G);
-  }
-  int64_t panels() const { return (count + T::MP - 1) / T::MP; }
-
-  // dst[panel][D][MP] = scale * rows, transposed; rows beyond count, and those that `dead` names, are zeros.
-  void columns(const Heads& x, C scale, const bool* dead, C* dst) const {
-    for (int64_t i = 0; i < panels() * T::MP; i += T::L) {
-      const E* rows[T::L];
-      for (int j = 0; j < T::L; ++j)
-        rows[j] = i + j < count && !(dead && dead[i + j]) ? row<const E>(x, i + j) : nullptr;
-      pack_columns(rows, p.D, scale, dst + i / T::MP * T::MP * p.D + i % T::MP, T::MP);
-    }
-  }
-};
 
 // ---- forward ----
 
@@ -223,12 +28,12 @@ static void softmax_panel(C* scores, int64_t count, bool masked, const C* positi
     high[j] = load(hi + j * T::L);
   }
   for (int64_t n = 0; n < count; ++n) {
-    const V at = set1(position[n]), add = bias ? set1(bias[n]) : V{};
+    const V here = set1(position[n]), add = bias ? set1(bias[n]) : V{};
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
       V s = load(scores + n * T::MP + j * T::L);
       if (bias) s += add;
-      if (masked) s = (low[j] <= at) & (at <= high[j]) ? s : none;
+      if (masked) s = (low[j] <= here) & (here <= high[j]) ? s : none;
       if (bias || masked) store(scores + n * T::MP + j * T::L, s);
       top[j] = vmax(top[j], s);
     }
@@ -401,13 +206,13 @@ static void probabilities(C* scores, int64_t count, bool masked, const C* positi
     high[j] = load(hi + j * T::L);
   }
   for (int64_t n = 0; n < count; ++n) {
-    const V at = set1(position[n]), add = bias ? set1(bias[n]) : V{};
+    const V here = set1(position[n]), add = bias ? set1(bias[n]) : V{};
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
       C* cell = scores + n * T::MP + j * T::L;
       V s = load(cell);
       if (bias) s += add;
-      if (masked) s = (low[j] <= at) & (at <= high[j]) ? s : none;
+      if (masked) s = (low[j] <= here) & (here <= high[j]) ? s : none;
       store(cell, vexp_low(s - base[j]));
     }
   }

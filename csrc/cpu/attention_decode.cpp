@@ -4,16 +4,12 @@
 //
 // Lanes of the score product are query rows (token, head), so K is broadcast and never transposed; lanes of P
 // V are head dims.
-#include "gemm.h"
-#include "parallel.h"
+#include "attention.h"
 
 namespace palm::cpu::ISA {
 
 constexpr int kBlock = VB == 64 ? 24 : 12;  // keys a step: as many accumulators as the registers hold
 constexpr int kRows = 8;                    // query rows of a P V tile
-
-PALM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PALM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // scores[keys][L rows] = K[keys][D] Q[D][L]; `ahead` walks through memory that will be read next, spread over
 // the loop.
@@ -106,19 +102,15 @@ struct DecodeTask {
   int64_t b, kh, S;
   C *out, *m, *l;
 
-  const E* key(const Heads& cache, int64_t n) const {
-    return static_cast<const E*>(cache.data) + b * cache.batch + n * cache.token + kh * cache.head;
-  }
+  const E* key(const Heads& cache, int64_t n) const { return at<const E>(cache, b, n, kh); }
   C bias(int64_t n) const { return static_cast<const C*>(p.key_bias)[b * p.bias_batch + n * p.bias_token]; }
 
   void load_queries() {
     for (int64_t r = 0; r < x.room; r += L) {
       const E* rows[L];
       for (int64_t i = 0; i < L; ++i) {
-        const int64_t at = least(r + i, x.rows - 1), t = at / x.G, o = t + S - p.T;
-        rows[i] = r + i < x.rows ? static_cast<const E*>(p.q.data) + b * p.q.batch + t * p.q.token +
-                                       (kh * x.G + at % x.G) * p.q.head
-                                 : nullptr;
+        const int64_t one = least(r + i, x.rows - 1), t = one / x.G, o = t + S - p.T;
+        rows[i] = r + i < x.rows ? at<const E>(p.q, b, t, kh * x.G + one % x.G) : nullptr;
         w.lo[r + i] = C(p.left < 0 ? 0 : most(0, o - p.left));
         w.hi[r + i] = C(p.right < 0 ? o : least(o, o + p.right));
       }
@@ -149,10 +141,10 @@ struct DecodeTask {
       const V low = load(w.lo + r), high = load(w.hi + r), old = load(m + r);
       V top = old;
       for (int64_t i = 0; i < count; ++i) {
-        const V at = set1(C(n0 + i));
+        const V here = set1(C(n0 + i));
         V s = load(w.scores + i * x.room + r);
         if (p.key_bias) s += set1(bias(n0 + i));
-        s = (low <= at) & (at <= high) ? s : none;
+        s = (low <= here) & (here <= high) ? s : none;
         store(w.scores + i * x.room + r, s);
         top = vmax(top, s);
       }
@@ -225,15 +217,14 @@ static void merge_row(const Attention& p, const DecodePlan& x, const C* parts, i
   }
   const bool dead = total == 0;
   const int64_t t = r / x.G, h = kh * x.G + r % x.G;
-  E* out = static_cast<E*>(p.out.data) + b * p.out.batch + t * p.out.token + h * p.out.head;
+  E* out = at<E>(p.out, b, t, h);
   const auto inverse = set1(dead ? C(0) : 1 / total);
   for (int64_t d = 0; d < p.D; d += W<C>) {
     typename Of<C>::V sum{};
     for (int64_t c = 0; c < chunks; ++c) sum += load(parts + c * x.part + r * x.width + d) * set1(factor[c]);
     store(out + d, dead ? inverse : sum * inverse, p.D - d);
   }
-  static_cast<C*>(p.lse.data)[b * p.lse.batch + t * p.lse.token + h * p.lse.head] =
-      dead ? none : base + C(__builtin_log(total));
+  *at<C>(p.lse, b, t, h) = dead ? none : base + C(__builtin_log(total));
 }
 
 template <class E>

@@ -20,6 +20,8 @@ struct Tile {
   static constexpr int NP = 2 * L;
 };
 
+PALM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+PALM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 PALM_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ---- packing ----
