@@ -275,3 +275,22 @@ def test_meta_and_vmap(norm):
     assert out.shape == total.shape == (3, 4)
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.vmap(lambda x: op(x, None))(randn(2, 3, grad=False))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_stored_sum_is_rounded_to_nearest_even(dtype):
+    """x + residual of any two bit patterns, ties, overflow and NaN among them, bit for bit as torch rounds (subnormals aside)."""
+    bits = torch.randint(-(2**15), 2**15, (2, 4096, 33), dtype=torch.int16)
+    bits[:, :2048] = bits[:, :2048] % 2**11 + 2**13  # neighbouring exponents: many ties
+    x, residual = bits.view(dtype)
+    _, total = pk.rms_norm(x, None, residual=residual)
+    want = (x.float() + residual.float()).to(dtype)
+    compared = (want.abs() >= torch.finfo(dtype).tiny) | (want == 0)
+    assert torch.equal(total[compared], want[compared]) and torch.equal(total.isnan(), want.isnan())
+
+
+def test_rows_of_two_far_from_zero():
+    """What rounding leaves of the mean is a large share of a row of two: it is taken out of the gradient too."""
+    x = (randn(400, 2, grad=False) + 100).requires_grad_()
+    check_op("layer_norm", x, randn(2))
