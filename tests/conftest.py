@@ -7,9 +7,21 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import register_random, settings
 
 torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+class TorchRandom:
+    """torch's generator as hypothesis wants one: seeded before each example, so that a failing one fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis holds it weakly
+register_random(TORCH_RANDOM)
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

@@ -45,7 +45,7 @@ def block(B, T, C, H, K, D, F, dtype=torch.float32, rotated=None):
     """x, norm_weight, w_in, w_out, cos, sin and the sizes."""
 
     def weight(rows, cols):
-        return randn(rows, cols, dtype=dtype, scale=cols**-0.5)
+        return randn(rows, cols, dtype=dtype, scale=max(rows, cols) ** -0.5)  # amplifies neither way
 
     tables = pk.rotary_tables(T + 3, D // 2 * 2 if rotated is None else rotated)
     tables = [t.double() if dtype == torch.float64 else t for t in tables]
