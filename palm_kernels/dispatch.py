@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.abc
+import importlib.util
 import os
 import pathlib
 import platform
@@ -87,14 +88,10 @@ class backend(contextlib.ContextDecorator):
 
 def _function(backend: str, stem: str, name: str):
     """The backend's out-variant `name`, or None where it has none."""
-    if backend == "triton":
-        try:
-            module = importlib.import_module(f"palm_kernels._triton.{stem}")
-        except ModuleNotFoundError:
-            return None
-        return getattr(module, name, None)
     if backend in _load_errors:
         return None
+    if backend == "triton":
+        return getattr(importlib.import_module(f"palm_kernels._triton.{stem}"), name, None)
     packet = getattr(getattr(torch.ops, f"palm_kernels_{backend}"), name, None)
     return packet and packet.default
 
@@ -104,6 +101,17 @@ def dtypes(backend: str) -> tuple:
     return (*HALF_AND_SINGLE, torch.float64) if backend == "cpu" else HALF_AND_SINGLE
 
 
+def _on_its_device(function):
+    """Triton launches on the current device: make the first tensor's current."""
+
+    @functools.wraps(function)
+    def call(*args):
+        with torch.cuda.device(args[0].device):
+            return function(*args)
+
+    return call
+
+
 @functools.cache
 def _select(stem: str, name: str, device: str, dtype: torch.dtype, forced: str):
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
@@ -111,7 +119,7 @@ def _select(stem: str, name: str, device: str, dtype: torch.dtype, forced: str):
         served = choice in ORDER.get(device, ()) or (choice == "triton" and interpreting)
         function = _function(choice, stem, name) if served else None
         if function and dtype in dtypes(choice):
-            return function
+            return _on_its_device(function) if choice == "triton" and device == "cuda" else function
     asked = "" if forced == "auto" else f" by backend {forced!r}"
     reasons = "; ".join(_load_errors.get(b, "") for b in ORDER.get(device, ()) if b in _load_errors)
     raise NotImplementedError(
@@ -255,4 +263,6 @@ def info() -> None:
 
 for _backend in ("cpu", "cuda"):
     _load_library(_backend)
+if importlib.util.find_spec("triton") is None:
+    _load_errors["triton"] = "triton is not installed: `pip install triton`"
 backend(os.environ.get("PALM_KERNELS_BACKEND", "auto")).__enter__()

@@ -1,5 +1,6 @@
 """Every test starts from one seed, and memory from torch.empty is poisoned with NaN (also inside C++).
 
+PALM_KERNELS_TEST_DEVICE=cuda puts every tensor there; with TRITON_INTERPRET=1 the interpreter is repaired first (interpreter/shims.py).
 Hypothesis draws the same examples every time; `HYPOTHESIS_PROFILE=fuzz` draws new ones, ten times as many.
 """
 
@@ -9,6 +10,11 @@ import pytest
 import torch
 from hypothesis import register_random, settings
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import shims
+
+    shims.install()
+torch.set_default_device(os.environ.get("PALM_KERNELS_TEST_DEVICE", "cpu"))
 torch.use_deterministic_algorithms(True, warn_only=True)
 
 
@@ -24,6 +30,7 @@ TORCH_RANDOM = TorchRandom()  # hypothesis holds it weakly
 register_random(TORCH_RANDOM)
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("fuzz", derandomize=False, deadline=None, max_examples=500)
+settings.register_profile("interpreter", derandomize=True, deadline=None, max_examples=8)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

@@ -1,13 +1,21 @@
 """The one comparison that every op test makes: outputs and all gradients against reference.py, within one error budget."""
 
+import os
+
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import palm_kernels as pk
-from palm_kernels import reference
+from palm_kernels import dispatch, reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_CPU_KERNELS = torch.get_default_device().type == "cpu" and not INTERPRETED
+DTYPES = list(dispatch.dtypes("cpu" if ON_CPU_KERNELS else "triton"))  # float64 on the CPU alone
+needs_float64 = pytest.mark.skipif(
+    not ON_CPU_KERNELS, reason="gradcheck needs float64, which the CPU kernels alone serve"
+)
 BUDGET = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
@@ -18,7 +26,8 @@ def name_of(value) -> str:
 def randn(*shape, dtype=torch.float32, grad=True, seed=None, scale=1.0) -> Tensor:
     """A normal leaf tensor; pass seed=None inside one test and the global generator gives each its own values."""
     g = None if seed is None else torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype).requires_grad_(grad)
+    x = torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu") * scale
+    return x.to(dtype).to(torch.get_default_device()).requires_grad_(grad)
 
 
 def _tuple(x):
@@ -47,7 +56,10 @@ def run(function, args, kwargs, douts=None, to=None):
 
 def make_douts(outs):
     g = torch.Generator().manual_seed(7)
-    return [torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype).to(o.device) for o in _tuple(outs)]
+    return [
+        torch.randn(o.shape, generator=g, dtype=torch.float64, device="cpu").to(o.dtype).to(o.device)
+        for o in _tuple(outs)
+    ]
 
 
 def rms(x: Tensor) -> float:

@@ -65,7 +65,7 @@ def options(name, B):
     return kwargs
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_matches_reference(option, dtype):
@@ -97,7 +97,7 @@ def test_any_shape_stride_and_mask(data):
     check_op("attention", q, k, v, **kwargs)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradcheck(option):
     q, k, v = qkv(2, 5, 6, 4, 2, 3, torch.float64)
@@ -119,7 +119,7 @@ def test_gradcheck_scale_and_broadcast_bias():
     gradcheck("attention", q, k, v, scale=0.7, key_bias=randn(1, 4, dtype=torch.float64))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_removed_keys_are_never_read(dtype):
     """NaN and inf under a bias of -inf reach nothing, and get gradient 0; the rest is what it would be without those keys."""
@@ -155,7 +155,7 @@ def test_nothing_visible():
     check_op("attention", *qkv(2, 3, 0, 2, 1, 8), return_lse=True)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 def test_one_visible_key_has_no_score_gradient():
     """With all the weight on one key dP - delta cancels exactly: dq, dk and the bias gradient are 0, not rounding."""
     _, grads = run(pk.attention, qkv(2, 3, 1, 4, 1, 37), {"key_bias": randn(2, 1)})
@@ -192,7 +192,7 @@ def test_finite_mask_of_other_libraries():
     assert all(g.isfinite().all() for g in run(pk.attention, (q, k, v), alone)[1])
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides(dtype):
     """Slices of one fused projection, as the parallel block hands them out; permuted; one tensor twice; stride 0."""

@@ -38,7 +38,7 @@ def bias(*shape, dtype=torch.float32):
     return x.requires_grad_()
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_varlen_matches_reference(mask, dtype):
@@ -142,7 +142,7 @@ CACHES = [
 ]
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("mask", [{}, {"window": 6}, {"window": (3, 0)}], ids=str)
 def test_decode_matches_reference(mask, dtype):

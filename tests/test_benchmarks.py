@@ -155,7 +155,7 @@ def test_bound():
     assert machine.bound(PEAKS, 10e9, 7e9, torch.bfloat16, "read") == (1.0, "bytes")
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 def test_peak_counts_its_work():
     """Each chain of the multiply-add ends at 2, so the sum says how many lanes there were."""
     out = torch.empty(3)

@@ -43,7 +43,7 @@ def weights(y, classes, dtype=torch.float32):
     }
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_matches_reference(shape, dtype):
@@ -53,7 +53,7 @@ def test_matches_reference(shape, dtype):
         check_op("cross_entropy", logits, y, reduction=reduction, **EVERYTHING, **weights(y, shape[-1], dtype))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides(dtype):
     x, y = randn(4, 6, 10, dtype=dtype), targets((4, 6), 10)
@@ -114,7 +114,7 @@ def test_matches_torch(reduction, label_smoothing, weighted):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_ignored_rows_are_never_read(dtype, reduction):
@@ -138,7 +138,7 @@ def test_nothing_kept():
     check_op("cross_entropy", randn(3, 5), torch.arange(3), token_weight=torch.zeros(3))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_extreme_values(dtype, label_smoothing):
@@ -255,7 +255,7 @@ def test_meta_and_vmap():
         torch.func.vmap(pk.cross_entropy)(randn(2, 3, 4, grad=False), torch.zeros(2, 3, dtype=torch.int64))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 def test_no_subnormal_gradients():
     """Probabilities below the smallest normal number are 0: a GEMM over them would run many times slower."""
     logits = (torch.arange(400.0) * -0.5).repeat(2, 1).requires_grad_()

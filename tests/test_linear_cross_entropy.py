@@ -44,7 +44,7 @@ def operands(shape, C, V, dtype=torch.float32, bias=True):
     return hidden, weight, randn(V, dtype=dtype) if bias else None
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_matches_reference(shape, dtype):
@@ -57,7 +57,7 @@ def test_matches_reference(shape, dtype):
         check_op("linear_cross_entropy", hidden, weight, y, linear_bias=bias, reduction=reduction, **options)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("ignored", [False, True])
@@ -196,7 +196,7 @@ def test_matches_torch(reduction, options, small_chunks):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_ignored_rows_are_never_read(dtype, reduction, small_chunks):

@@ -33,7 +33,7 @@ def options(norm, cols, dtype, **kwargs):
     return {**kwargs, "bias": randn(cols, dtype=dtype)} if norm == "layer_norm" else kwargs
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @both
 @every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
@@ -43,7 +43,7 @@ def test_matches_reference(norm, shape, dtype):
     check_op(norm, x, weight, offset=1.0, residual=randn(*shape, dtype=dtype))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @both
 @every_dtype
 def test_absent_and_frozen_gains(norm, dtype):
@@ -55,7 +55,7 @@ def test_absent_and_frozen_gains(norm, dtype):
     check_op(norm, x, randn(37, dtype=dtype, grad=False), residual=residual.detach())
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 def test_float32_gain_beside_16_bits(norm, dtype):
@@ -67,7 +67,7 @@ def test_float32_gain_beside_16_bits(norm, dtype):
         check_op(norm, x, None, **options(norm, 45, torch.float32))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @both
 @every_dtype
 def test_strides(norm, dtype):
@@ -99,7 +99,7 @@ def test_any_shape_and_stride(norm, shape, cols, dtype, layouts, residual, weigh
     check_op(norm, x, gain, offset=offset, **({"residual": r} if residual else options(norm, cols, dtype)))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @both
 @every_dtype
 def test_mean_far_above_deviation(norm, dtype):
@@ -114,7 +114,7 @@ def test_mean_far_above_deviation(norm, dtype):
         assert torch.equal(pk.layer_norm(constant, None), torch.zeros_like(constant))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @both
 @every_dtype
 def test_extreme_values(norm, dtype):
@@ -277,7 +277,7 @@ def test_meta_and_vmap(norm):
         torch.func.vmap(lambda x: op(x, None))(randn(2, 3, grad=False))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 def test_stored_sum_is_rounded_to_nearest_even(dtype):
     """x + residual of any two bit patterns, ties, overflow and NaN among them, bit for bit as torch rounds (subnormals aside)."""

@@ -66,7 +66,7 @@ def options(name, B, T, dtype):
     return kwargs
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_matches_reference(option, dtype):

@@ -41,7 +41,7 @@ def tables(length, half, dtype=torch.float32):
     return tuple(t.to(torch.promote_types(dtype, torch.float32)) for t in pk.rotary_tables(length, 2 * half))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pairing
 @every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
@@ -51,7 +51,7 @@ def test_matches_reference(shape, dtype, interleaved):
         check_op("rotary", x, *tables(shape[1] + 3, half, dtype), interleaved=interleaved)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pairing
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=name_of)
 @pytest.mark.parametrize("shape", [(2, 5, 3, 12), (2, 5, 12)], ids=name_of)
@@ -65,7 +65,7 @@ def test_positions(shape, kind, interleaved):
     check_op("rotary", x, *short, positions=torch.ones(5, dtype=kind), interleaved=interleaved)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pairing
 @every_dtype
 def test_strides(dtype, interleaved):
@@ -138,7 +138,7 @@ def test_gradcheck(interleaved):
     )
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pairing
 @every_dtype
 def test_extreme_values(dtype, interleaved):

@@ -44,7 +44,7 @@ def make(shape, vocab, cols, dtype, *, mask=True, sources=True, edges=True, grad
     return (ids, randn(vocab, cols, dtype=dtype, grad=grad), strength.requires_grad_(grad)), keywords
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("preserving", [False, True])
 @pytest.mark.parametrize("shape, vocab, cols", [((), 1, 1), ((5,), 3, 8), ((2, 37), 23, 33), ((3, 2, 8), 100, 130)])
@@ -55,7 +55,7 @@ def test_matches_reference(shape, vocab, cols, dtype, preserving):
             check_op(OP, *args, **keywords, variance_preserving=preserving)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("shape, vocab, cols", [((0,), 4, 8), ((2, 0), 4, 8), ((0,), 0, 3), ((3, 2), 4, 0)])
 def test_empty(shape, vocab, cols):
     args, keywords = make(shape, max(vocab, 1), cols, torch.float32)
@@ -63,7 +63,7 @@ def test_empty(shape, vocab, cols):
     check_op(OP, *args, **keywords)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_frequent_tokens(dtype):
     """Segments beyond what one thread sums, of one token, of the mask and of a source."""
@@ -95,7 +95,7 @@ def test_equals_index_add(cols):
     assert (weight.grad[40:] == 0).all()
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_edges_are_exact(dtype):
     """Strength 0 gives the row's bits and 1 the source's: NaN payloads, infinities, -0.0; the other side is not read."""
@@ -118,7 +118,7 @@ def test_edges_are_exact(dtype):
     assert torch.equal(call(1.0), torch.zeros_like(bits))
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("a", [0.0, 1.0])
 def test_what_is_not_used_gets_no_gradient(a):
     """a = 1 over the mask is replacing ids by a mask id: no gradient for the rows; a = 0 is a plain embedding: none for the mask."""
@@ -131,7 +131,7 @@ def test_what_is_not_used_gets_no_gradient(a):
     assert (dmask == 0).all() == (a == 0) and (dweight == 0).all() == (a == 1)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 def test_nan_on_the_side_that_is_not_read():
     """A NaN or inf on the other side reaches no output and no gradient; between 0 and 1 it propagates as in the reference."""
     ids, weight = torch.tensor([0, 1, 2, 3, 0]), randn(4, 19)
@@ -154,7 +154,7 @@ def test_nan_on_the_side_that_is_not_read():
     assert grad[:3].isfinite().all() and grad[3].isnan().all()
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides(dtype):
     args, keywords = make((4, 6, 3), 11, 10, dtype)
@@ -313,7 +313,7 @@ def test_errors_of_arguments():
             pk.soft_weak_embedding(*args, **keywords)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("shape, at", [((2, 3), (1, 2)), ((5,), (0,)), ((), ())])
 def test_errors_in_the_data(shape, at):
     """Found by the kernel, also in backward; the first bad row is named."""

@@ -25,7 +25,7 @@ import palm_kernels as pk
 SHAPES = [(0, 8), (3, 0), (1,), (3, 7), (2, 129, 33), (2, 70_001), (5, 2, 3, 64)]
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 def test_matches_reference(shape, dtype):
@@ -34,7 +34,7 @@ def test_matches_reference(shape, dtype):
     check_op("swiglu_packed", randn(*shape[:-1], 2 * shape[-1], dtype=dtype), gate_first=False)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides(dtype):
     x = randn(4, 6, 10, dtype=dtype)
@@ -44,10 +44,12 @@ def test_strides(dtype):
     check_op("swiglu_packed", permuted(wide(x)))
 
 
+@pytest.mark.kernel
 def test_stride_beyond_32_bits():
     check_op("swiglu", far_rows(2, 8).requires_grad_(), randn(2, 8, dtype=torch.bfloat16))
 
 
+@pytest.mark.kernel
 @given(
     shape=st.lists(st.integers(0, 9), min_size=0, max_size=3),
     cols=st.integers(0, 70),
@@ -65,7 +67,7 @@ def test_gradcheck():
         gradcheck("swiglu_packed", randn(3, 10, dtype=torch.float64), gate_first=gate_first)
 
 
-@pytest.mark.isa
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_extreme_values(dtype):
     big = torch.finfo(dtype).max
@@ -77,6 +79,7 @@ def test_repeatable():
     assert_bitwise_repeatable("swiglu", randn(64, 999), randn(64, 999))
 
 
+@pytest.mark.kernel
 def test_same_tensor_twice_and_retain_graph():
     x = randn(4, 9)
     check_op("swiglu", x, x)

@@ -1,0 +1,23 @@
+"""The tests marked `kernel` again, on the Triton kernels in Triton's interpreter: a process each, since it is chosen before import."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent.parent
+FILES = [f for f in sorted(TESTS.glob("test_*.py")) if "mark.kernel" in f.read_text()]
+
+
+def run(*command):
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PALM_KERNELS_BACKEND": "triton"}
+    env.setdefault("HYPOTHESIS_PROFILE", "interpreter")
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_file(file):
+    done = run("-m", "pytest", file, "-m", "kernel", "-p", "no:cacheprovider", "-p", "no:xdist")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
