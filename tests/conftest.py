@@ -14,7 +14,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from interpreter import shims
 
     shims.install()
-torch.set_default_device(os.environ.get("PALM_KERNELS_TEST_DEVICE", "cpu"))
+if device := os.environ.get("PALM_KERNELS_TEST_DEVICE"):
+    torch.set_default_device(device)
 torch.use_deterministic_algorithms(True, warn_only=True)
 
 
