@@ -10,6 +10,7 @@ import triton.language as tl
 from .attention_bwd import attention_bwd, attention_varlen_bwd
 from .attention_decode import attention_decode
 from .attention_tiles import (
+    again,
     attend,
     bias_row,
     bias_strides,
@@ -41,7 +42,7 @@ __all__ = ["attention_bwd", "attention_decode", "attention_fwd", "attention_varl
 def _fwd(
     q, k, v, out, lse, bias, tiles, ranks, prefix_lengths, cu_q, cu_k, sq, sk, sv, so, sl, sb,
     B, T, S, G, K, scale, left, right,
-    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
     """q, out [B,T,H,D], k, v [B,S,K,D] by strides s* (batch, token, head); lse [B,H,T] float32; packed where cu_q is given."""
@@ -67,20 +68,18 @@ def _fwd(
         top = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BD], tl.float32)
-        if LEFT:
-            top, total, acc = attend(
-                qt, top, total, acc, begin, full0, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
-                lo, hi, S, scale, True, FOLD, D, BD, BN, PREC)
         top, total, acc = attend(
-            qt, top, total, acc, full0, full1, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
-            lo, hi, S, scale, False, FOLD, D, BD, BN, PREC)
+            qt, top, total, acc, begin, end, full0, full1, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
+            lo, hi, S, scale, False, FOLD, WIDE, D, BD, BN, PREC)
         top, total, acc = attend(
-            qt, top, total, acc, full1, end, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
-            lo, hi, S, scale, True, FOLD, D, BD, BN, PREC)
+            qt, top, total, acc, begin, end, full0, full1, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
+            lo, hi, S, scale, True, FOLD, WIDE, D, BD, BN, PREC)
         if FOLD:
             top = top * scale
-        store_attended(out, lse, acc, total, top, row_offsets(r, G, kh * G, q_row, b, so),
-                       lse_offsets(r, G, kh * G, q_row, b, sl), here, D, BD)
+        r = again(tile) * BM + tl.arange(0, BM)
+        store_attended(
+            out, lse, acc, total, top, row_offsets(r, G, kh * G, q_row, b, so), lse_offsets(r, G, kh * G, q_row, b, sl),
+            r < rows, D, BD)
 
 
 def _forward(q, k, v, cu_q, cu_k, key_bias, prefix_lengths, causal, scale, left, right, out, lse):
@@ -92,7 +91,7 @@ def _forward(q, k, v, cu_q, cu_k, key_bias, prefix_lengths, causal, scale, left,
         q, k, v, out, lse, key_bias, tiles, ranks, prefix_lengths, cu_q, cu_k,
         strides4(q), strides4(k), strides4(v), strides4(out), lse_strides(lse), bias_strides(key_bias),
         *shape.sizes, scale, *shape.window(left, right),
-        **mask_options(causal, left, right), FOLD=key_bias is None and scale > 0, **common_options(q), **options,
+        **mask_options(causal, left, right), FOLD=key_bias is None and scale > 0, **common_options(q, k, v), **options,
     )  # fmt: skip
 
 

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from .attention_tiles import (
     LOG2E,
+    again,
+    around,
     bias_row,
     bias_strides,
     common_options,
     first_row,
+    first_tile,
     geometry,
     key_tiles,
+    last_tile,
     listed,
     load_rows,
     locate,
@@ -32,6 +36,7 @@ from .attention_tiles import (
     row_offsets,
     seen_at,
     sequence,
+    steps,
     store_rows,
     strides4,
     tile_config,
@@ -51,15 +56,15 @@ def _probability(qk, lse, bias, scale):
 # fmt: off
 @triton.jit
 def _dq_tiles(
-    dq, q, do, lse, delta, weight, begin, end, k, v, bias, tiles, sk, sv, sb, lo, hi, S, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    dq, q, do, lse, delta, weight, begin, end, full0, full1, k, v, bias, tiles, sk, sv, sb, lo, hi, S, scale,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
-    """dq + ds k over key tiles [begin, end)."""
+    """dq + ds k over key tiles [full0, full1), or with MASKED the others of [begin, end)."""
     # fmt: on
-    for j in tl.range(begin, end):
-        i = j
+    for j in tl.range(first_tile(begin, full0, MASKED), last_tile(end, full0, full1, MASKED)):
+        i = around(j, full0, full1, MASKED)
         if tiles is not None:
-            i = tl.load(tiles + j)
+            i = tl.load(tiles + i)
         n = i * BN + tl.arange(0, BN)
         here = n < S
         b = None
@@ -67,8 +72,9 @@ def _dq_tiles(
             b = tl.load(bias + n.to(tl.int64) * sb, mask=here, other=-float("inf"))
             here = b != -float("inf")
             b = b[None, :]
-        kn = load_rows(k, n.to(tl.int64) * sk, here, MASKED or bias is not None, D, BD)
-        vn = load_rows(v, n.to(tl.int64) * sv, here, MASKED or bias is not None, D, BD)
+        first, on = tl.full((), i * BN, tl.int64), tl.arange(0, BN)
+        kn = load_rows(k + first * sk, steps(on, sk, WIDE), here, MASKED or bias is not None, D, BD)
+        vn = load_rows(v + first * sv, steps(on, sv, WIDE), here, MASKED or bias is not None, D, BD)
         p = _probability(tl.dot(q, tl.trans(kn), input_precision=PREC), lse[:, None], b, scale)
         keep = here[None, :]
         if MASKED:
@@ -88,7 +94,7 @@ def _dq_tiles(
 def _dq(
     dout, dlse, q, k, v, out, lse, dq, stats, bias, tiles, ranks, seen, prefix_lengths, cu_q, cu_k,
     sd, sdl, sq, sk, sv, so, sl, sdq, sb, B, T, S, G, K, scale, left, right,
-    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
     """Tensors [B,T,H,D], [B,S,K,D] by strides (batch, token, head); stats [2 or 3, slots, BM] float32 gets each row's."""
@@ -133,18 +139,15 @@ def _dq(
         tl.store(at + plane, delta)
         qt = load_rows(q, row_offsets(r, G, kh * G, q_row, b, sq), here, True, D, BD)
         acc = tl.zeros([BM, BD], tl.float32)
-        if LEFT:
-            acc = _dq_tiles(
-                acc, qt, do, row_lse, delta, weight, begin, full0, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
-                lo, hi, S, scale, True, D, BD, BN, PREC)
         acc = _dq_tiles(
-            acc, qt, do, row_lse, delta, weight, full0, full1, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
-            lo, hi, S, scale, False, D, BD, BN, PREC)
+            acc, qt, do, row_lse, delta, weight, begin, end, full0, full1, k_base, v_base, bias_base, list_base,
+            sk[1], sv[1], sb[1], lo, hi, S, scale, False, WIDE, D, BD, BN, PREC)
         acc = _dq_tiles(
-            acc, qt, do, row_lse, delta, weight, full1, end, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
-            lo, hi, S, scale, True, D, BD, BN, PREC)
+            acc, qt, do, row_lse, delta, weight, begin, end, full0, full1, k_base, v_base, bias_base, list_base,
+            sk[1], sv[1], sb[1], lo, hi, S, scale, True, WIDE, D, BD, BN, PREC)
         acc = tl.where((row_lse == float("inf"))[:, None], 0.0, acc * scale)
-        store_rows(dq, row_offsets(r, G, kh * G, q_row, b, sdq), acc, here, D, BD)
+        r = again(tile) * BM + tl.arange(0, BM)
+        store_rows(dq, row_offsets(r, G, kh * G, q_row, b, sdq), acc, r < rows, D, BD)
 
 
 @triton.jit
@@ -175,45 +178,54 @@ def _query_tiles(
 # fmt: off
 @triton.jit
 def _dkdv_tiles(
-    dk, dv, db, kn, vn, bias, begin, end, q, dout, stats, plane, n, sq, sd, G, T, S, prefix, left, right, scale,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, DBIAS: tl.constexpr, EXACT: tl.constexpr,
+    dk, dv, db, kn, vn, bias, begin, end, full0, full1, q, dout, stats, plane, n, sq, sd, G, T, S, prefix, left, right, scale,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, DBIAS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
 ):
-    """dk + ds^T q, dv + p^T dout, db + rowsum(ds^T) over tiles [begin, end) of packed rows of all heads; p stands [BN, BM]."""
+    """dk + ds^T q, dv + p^T dout, db + rowsum(ds^T) over tiles of packed rows of all heads; p stands [BN, BM].
+
+    The tiles are [full0, full1), or with MASKED the others of [begin, end).
+    """
     # fmt: on
-    for j in tl.range(begin, end):
+    for step in tl.range(first_tile(begin, full0, MASKED), last_tile(end, full0, full1, MASKED)):
+        j = around(step, full0, full1, MASKED)
         r = j * BM + tl.arange(0, BM)
-        t, h = r // G, r % G
+        t, t0 = r // G, j * BM // G
         lse = tl.load(stats + r)
-        delta = tl.load(stats + plane + r)
         sees = lse < float("inf")  # what stands in the others' q and dout must not matter
         some_blind: tl.constexpr = MASKED or bias is not None
-        qt = load_rows(q, t.to(tl.int64) * sq[1] + h.to(tl.int64) * sq[2], sees, some_blind, D, BD)
-        do = load_rows(dout, t.to(tl.int64) * sd[1] + h.to(tl.int64) * sd[2], sees, some_blind, D, BD)
+        first = tl.full((), t0, tl.int64)
+        qt = load_rows(q + first * sq[1], steps(t - t0, sq[1], WIDE) + steps(r % G, sq[2], WIDE), sees, some_blind, D, BD)
+        do = load_rows(dout + first * sd[1], steps(t - t0, sd[1], WIDE) + steps(r % G, sd[2], WIDE), sees, some_blind, D, BD)
         p = _probability(tl.dot(kn, tl.trans(qt), input_precision=PREC), lse[None, :], bias, scale)
         if MASKED:
             lo, hi = visible(t, T, S, prefix, left, right, CAUSAL, LEFT, RIGHT)
             p = tl.where((n[:, None] >= lo[None, :]) & (n[:, None] <= hi[None, :]), p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
-        dp = tl.dot(vn, tl.trans(do), input_precision=PREC)
-        if EXACT:
-            dp *= tl.load(stats + 2 * plane + r)[None, :]
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PREC)
-        if DBIAS:
-            db += tl.sum(ds, 1)
+        if DV:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
+        if DK:
+            delta = tl.load(stats + plane + r)
+            dp = tl.dot(vn, tl.trans(do), input_precision=PREC)
+            if EXACT:
+                dp *= tl.load(stats + 2 * plane + r)[None, :]
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(qt.dtype), qt, dk, input_precision=PREC)
+            if DBIAS:
+                db += tl.sum(ds, 1)
     return dk, dv, db
 
 
 # fmt: off
 @triton.jit
-def _dkdv(
+def _keys(
     dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
     B, T, S, G, K, slots, scale, left, right,
-    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, PREC: tl.constexpr,
 ):
-    """One tile of keys of one key/value head; stats from the first pass, whose tiles had BQ rows; dbias [B,K,S] by strides."""
+    """dk (with dbias) or dv or both of one tile of keys of one key/value head."""
     # fmt: on
     pid = tl.program_id(0)
     if cu_q is None:
@@ -242,31 +254,62 @@ def _dkdv(
             bn = bn[:, None]
         n64 = n.to(tl.int64)
         kn = load_rows(first_row(k, b, k_row, kh, sk), n64 * sk[1], here, True, D, BD)
-        vn = load_rows(first_row(v, b, k_row, kh, sv), n64 * sv[1], here, True, D, BD)
+        DBIAS: tl.constexpr = DK and dbias is not None
+        vn = kn
+        if DK:
+            vn = load_rows(first_row(v, b, k_row, kh, sv), n64 * sv[1], here, True, D, BD)
         q_base, d_base = first_row(q, b, q_row, kh * G, sq), first_row(dout, b, q_row, kh * G, sd)
         stats_base, plane = stats + stats_row, slots.to(tl.int64) * BQ
         dk_sum = tl.zeros([BN, BD], tl.float32)
         dv_sum = tl.zeros([BN, BD], tl.float32)
         db_sum = tl.zeros([BN], tl.float32)
-        DBIAS: tl.constexpr = dbias is not None
-        if CAUSAL or RIGHT:
-            dk_sum, dv_sum, db_sum = _dkdv_tiles(
-                dk_sum, dv_sum, db_sum, kn, vn, bn, begin, full0, q_base, d_base, stats_base, plane, n, sq, sd, G, T, S,
-                prefix, left, right, scale, True, CAUSAL, LEFT, RIGHT, DBIAS, EXACT, D, BD, BM, PREC)
         dk_sum, dv_sum, db_sum = _dkdv_tiles(
-            dk_sum, dv_sum, db_sum, kn, vn, bn, full0, full1, q_base, d_base, stats_base, plane, n, sq, sd, G, T, S,
-            prefix, left, right, scale, False, CAUSAL, LEFT, RIGHT, DBIAS, EXACT, D, BD, BM, PREC)
+            dk_sum, dv_sum, db_sum, kn, vn, bn, begin, end, full0, full1, q_base, d_base, stats_base, plane, n, sq, sd, G, T, S,
+            prefix, left, right, scale, False, CAUSAL, LEFT, RIGHT, DK, DV, DBIAS, EXACT, WIDE, D, BD, BM, PREC)
         dk_sum, dv_sum, db_sum = _dkdv_tiles(
-            dk_sum, dv_sum, db_sum, kn, vn, bn, full1, end, q_base, d_base, stats_base, plane, n, sq, sd, G, T, S,
-            prefix, left, right, scale, True, CAUSAL, LEFT, RIGHT, DBIAS, EXACT, D, BD, BM, PREC)
-        if bias is not None:
-            dk_sum = tl.where(here[:, None], dk_sum, 0.0)
-            dv_sum = tl.where(here[:, None], dv_sum, 0.0)
-        store_rows(first_row(dk, b, k_row, kh, sdk), n64 * sdk[1], dk_sum * scale, n < S, D, BD)
-        store_rows(first_row(dv, b, k_row, kh, sdv), n64 * sdv[1], dv_sum, n < S, D, BD)
+            dk_sum, dv_sum, db_sum, kn, vn, bn, begin, end, full0, full1, q_base, d_base, stats_base, plane, n, sq, sd, G, T, S,
+            prefix, left, right, scale, True, CAUSAL, LEFT, RIGHT, DK, DV, DBIAS, EXACT, WIDE, D, BD, BM, PREC)
+        n = again(tile) * BN + tl.arange(0, BN)
+        n64 = n.to(tl.int64)
+        if DK:
+            if bias is not None:
+                dk_sum = tl.where(here[:, None], dk_sum, 0.0)
+            store_rows(first_row(dk, b, k_row, kh, sdk), n64 * sdk[1], dk_sum * scale, n < S, D, BD)
+        if DV:
+            if bias is not None:
+                dv_sum = tl.where(here[:, None], dv_sum, 0.0)
+            store_rows(first_row(dv, b, k_row, kh, sdv), n64 * sdv[1], dv_sum, n < S, D, BD)
         if DBIAS:
             at = bias_row(dbias, b, kh, sdb) + k_row
             tl.store(at + n, tl.where(here, db_sum, 0.0), mask=n < S)
+
+
+# fmt: off
+@triton.jit
+def _dkdv(
+    dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
+    B, T, S, G, K, slots, scale, left, right,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BM_DK: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """A tile of keys a program; with BM_DK its program_id(1) 0 makes dk by tiles of BM_DK query rows and 1 makes dv by tiles of BM.
+
+    stats come from the first pass, whose tiles had BQ rows. dbias [B,K,S] by strides (batch, head).
+    """
+    # fmt: on
+    if BM_DK == 0:
+        _keys(
+            dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
+            B, T, S, G, K, slots, scale, left, right, True, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, BM, BN, BQ, PREC)
+    elif tl.program_id(1) == 0:
+        _keys(
+            dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
+            B, T, S, G, K, slots, scale, left, right, True, False, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, BM_DK, BN, BQ, PREC)
+    else:
+        _keys(
+            dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
+            B, T, S, G, K, slots, scale, left, right, False, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, BM, BN, BQ, PREC)
 
 
 def _head_sums(dbias: Tensor | None, K: int) -> Tensor | None:
@@ -279,23 +322,24 @@ def _head_sums(dbias: Tensor | None, K: int) -> Tensor | None:
 def _backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, key_bias, prefix_lengths, causal, scale, left, right, dq, dk, dv, dbias):
     shape = geometry(q, k, cu_q)
     masks, window = {**mask_options(causal, left, right), "EXACT": q.dtype == torch.float32}, shape.window(left, right)
-    first, second = tile_config("dq", q), tile_config("dkdv", q)
-    BQ = first["BM"]
+    options = tile_config("dq", q)
+    BQ = options["BM"]
     slots = shape.query_programs(BQ)
     stats = torch.empty(3 if masks["EXACT"] else 2, slots * BQ, dtype=torch.float32, device=q.device)
-    tiles, ranks, seen = present_tiles(key_bias, cu_k, shape.B, shape.S, first["BN"], masks["EXACT"])
+    tiles, ranks, seen = present_tiles(key_bias, cu_k, shape.B, shape.S, options["BN"], masks["EXACT"])
     if dq.numel():
         _dq[(slots,)](
             dout, dlse, q, k, v, out, lse, dq, stats, key_bias, tiles, ranks, seen, prefix_lengths, cu_q, cu_k,
             strides4(dout), lse_strides(dlse), strides4(q), strides4(k), strides4(v), strides4(out), lse_strides(lse),
-            strides4(dq), bias_strides(key_bias), *shape.sizes, scale, *window, **masks, **common_options(q), **first,
+            strides4(dq), bias_strides(key_bias), *shape.sizes, scale, *window, **masks, **common_options(q, k, v, dout), **options,
         )  # fmt: skip
     if dk.numel():
         sums = _head_sums(dbias, shape.K)
-        _dkdv[(shape.key_programs(second["BN"]),)](
+        options = tile_config("dkdv", q)
+        _dkdv[(shape.key_programs(options["BN"]), 2 if options["BM_DK"] else 1)](
             dout, q, k, v, dk, dv, sums, stats, key_bias, prefix_lengths, cu_q, cu_k,
-            strides4(dout), strides4(q), strides4(k), strides4(v), strides4(dk), strides4(dv), bias_strides(key_bias), lse_strides(sums),
-            *shape.sizes, slots, scale, *window, **masks, **common_options(q), **second, BQ=BQ,
+            strides4(dout), strides4(q), strides4(k), strides4(v), strides4(dk), strides4(dv), bias_strides(key_bias),
+            lse_strides(sums), *shape.sizes, slots, scale, *window, **masks, **common_options(q, k, v, dout), **options, BQ=BQ,
         )  # fmt: skip
         if sums is not None and shape.K > 1:
             torch.sum(sums, -2, out=dbias)

@@ -19,6 +19,7 @@ from .attention_tiles import (
     load_rows,
     lse_offsets,
     lse_strides,
+    padded,
     row_offsets,
     store_attended,
     strides4,
@@ -33,7 +34,7 @@ MAX_PARTS = 128
 @triton.jit(debug=True)
 def _decode(
     q, k, v, out, lse, bias, lengths, sq, sk, sv, so, sl, sb, part_out, part_lse,
-    B, T, S, G, K, scale, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD: tl.constexpr,
+    B, T, S, G, K, scale, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
     """Part program_id(1) of num_programs(1) of the key tiles that a tile of query rows sees; results part_out, part_lse apart."""
@@ -59,8 +60,8 @@ def _decode(
     qt = load_rows(q, row_offsets(r, G, kh * G, 0, b, sq), here, True, D, BD)
     top, total, acc = attend(
         qt, tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32), begin, end,
-        first_row(k, b, 0, kh, sk), first_row(v, b, 0, kh, sv), bias_base, None, sk[1], sv[1], sb[1],
-        lo, hi, length, scale, True, FOLD, D, BD, BN, PREC)
+        end, end, first_row(k, b, 0, kh, sk), first_row(v, b, 0, kh, sv), bias_base, None, sk[1], sv[1], sb[1],
+        lo, hi, length, scale, True, FOLD, WIDE, D, BD, BN, PREC)
     if FOLD:
         top = top * scale
     store_attended(
@@ -113,12 +114,11 @@ def attention_decode(q, k_cache, v_cache, cache_lengths, key_bias, scale, left, 
         q, k_cache, v_cache, part_out, part_lse, key_bias, cache_lengths, strides4(q), strides4(k_cache), strides4(v_cache),
         part_strides, lse_strides(lse) if parts == 1 else part_lse.stride()[1:3], bias_strides(key_bias), *steps,
         *shape.sizes, scale, *shape.window(left, right),
-        LEFT=left >= 0, RIGHT=right >= 0, FOLD=key_bias is None and scale > 0, **common_options(q), **options,
+        LEFT=left >= 0, RIGHT=right >= 0, FOLD=key_bias is None and scale > 0, **common_options(q, k_cache, v_cache), **options,
         sanitize_overflow=False,
     )  # fmt: skip
     if parts > 1:
-        options = common_options(q)
         _merge[(lse.numel(),)](
             part_out, part_lse, out, lse, strides4(out), lse_strides(lse), shape.T, shape.G * shape.K, lse.numel(), parts,
-            D=options["D"], BD=options["BD"], BP=next_power_of_2(parts), num_warps=4,
+            D=q.shape[-1], BD=padded(q.shape[-1]), BP=next_power_of_2(parts), num_warps=4,
         )  # fmt: skip

@@ -31,19 +31,22 @@ AMPERE = HOPPER
 
 
 def config(kernel: str, arch: int, D: int, dtype: torch.dtype) -> dict:
-    """Tile sizes and launch options of "fwd", "dq", "dkdv": by chip, head dim and dtype, never by length."""
+    """Tile sizes and launch options of "fwd", "dq", "dkdv", "decode": by chip, head dim and dtype, never by length."""
     table = HOPPER if arch >= 90 else AMPERE
-    BM, BN, warps, stages = table[kernel, dtype.itemsize == 2, padded(D)]
-    return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
+    BM, BN, warps, stages, *dk_rows = table[kernel, dtype.itemsize == 2, padded(D)]
+    options = {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
+    return {**options, "BM_DK": dk_rows[0] if dk_rows else 0} if kernel == "dkdv" else options
 
 
 def padded(D: int) -> int:
     return max(16, next_power_of_2(D))
 
 
-def common_options(q: Tensor) -> dict:
+def common_options(q: Tensor, *others: Tensor) -> dict:
+    """Head dim, product precision, and whether a tile's offsets need 64 bits (128 rows of the widest stride)."""
     D = q.shape[-1]
-    return {"D": D, "BD": padded(D), "PREC": dot_precision(q.dtype)}
+    wide = max(s for x in (q, *others) for s in x.stride()[-3:-1]) >= 2**24
+    return {"D": D, "BD": padded(D), "PREC": dot_precision(q.dtype), "WIDE": wide}
 
 
 def tile_config(kernel: str, q: Tensor) -> dict:
@@ -123,6 +126,26 @@ def key_tiles(
 
 
 @triton.jit
+def first_tile(begin, full0, MASKED: tl.constexpr):
+    """Of the loop over the tiles [full0, full1), or with MASKED over the others of [begin, end), in one loop whichever side they are."""
+    return begin if MASKED else full0
+
+
+@triton.jit
+def last_tile(end, full0, full1, MASKED: tl.constexpr):
+    return end - (full1 - full0) if MASKED else full1
+
+
+@triton.jit
+def around(j, full0, full1, MASKED: tl.constexpr):
+    """The tile that step j of that loop visits."""
+    if MASKED:
+        return j + tl.where(j >= full0, full1 - full0, 0)
+    else:
+        return j
+
+
+@triton.jit
 def listed(b, k_row, S, cu_k, BN: tl.constexpr):
     """Where the entries of sequence b begin in `tiles` and `ranks`: cdiv(S, BN) + 1 fit before the next one's."""
     if cu_k is None:
@@ -133,9 +156,9 @@ def listed(b, k_row, S, cu_k, BN: tl.constexpr):
 
 @triton.jit
 def load_rows(base, offsets, here, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """[rows, BD] from base + offsets (64-bit, [rows]), zeros beyond D and, with ROWS, where `here` is false."""
+    """[rows, BD] from base + offsets ([rows]), zeros beyond D and, with ROWS, where `here` is false."""
     d = tl.arange(0, BD)
-    pointers = base + offsets[:, None] + d[None, :]
+    pointers = base + (offsets[:, None] + d[None, :])
     if ROWS and D != BD:
         return tl.load(pointers, mask=here[:, None] & (d < D)[None, :], other=0.0)
     elif ROWS:
@@ -144,6 +167,15 @@ def load_rows(base, offsets, here, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.c
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def steps(n, stride, WIDE: tl.constexpr):
+    """n stride within a tile: 32-bit, which halves the registers of a loop's pointers, unless WIDE says that strides are too large."""
+    if WIDE:
+        return n.to(tl.int64) * stride
+    else:
+        return n * stride
 
 
 @triton.jit
@@ -160,6 +192,13 @@ def first_row(base, b, row, head, strides):
     """Where row `row` of (b, head) begins in a [B,rows,heads,D] tensor, 64-bit."""
     b, row, head = tl.full((), b, tl.int64), tl.full((), row, tl.int64), tl.full((), head, tl.int64)
     return base + b * strides[0] + row * strides[1] + head * strides[2]
+
+
+@triton.jit
+def again(tile):
+    """tile, in a way that the compiler cannot see (grids are one-dimensional): what an epilogue derives from it is then computed there
+    and does not occupy registers, a few dozen of them, during the loop."""
+    return tile + tl.num_programs(2) - 1
 
 
 @triton.jit
@@ -250,25 +289,26 @@ def lse_strides(x: Tensor | None) -> tuple[int, int]:
 # fmt: off
 @triton.jit
 def attend(
-    q, top, total, acc, begin, end, k, v, bias, tiles, sk, sv, sb, lo, hi, S, scale,
-    MASKED: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    q, top, total, acc, begin, end, full0, full1, k, v, bias, tiles, sk, sv, sb, lo, hi, S, scale,
+    MASKED: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
-    """Online softmax over key tiles [begin, end): running maximum `top`, sum of exponentials `total`, acc = their sum times v.
+    """Online softmax over key tiles: running maximum `top`, sum of exponentials `total`, acc = their sum times v.
 
-    k, v, bias point to the sequence's first key, sk, sv, sb are its rows' strides. FOLD: scores and `top` are q k^T alone.
+    The tiles are [full0, full1), or with MASKED the others of [begin, end). k, v, bias point to the sequence's first key, sk, sv, sb are its rows' strides. FOLD: scores and `top` are q k^T alone.
     """
     # fmt: on
     unit = scale * LOG2E if FOLD else LOG2E
-    for j in tl.range(begin, end):
-        i = j
+    for j in tl.range(first_tile(begin, full0, MASKED), last_tile(end, full0, full1, MASKED)):
+        i = around(j, full0, full1, MASKED)
         if tiles is not None:
-            i = tl.load(tiles + j)
+            i = tl.load(tiles + i)
         n = i * BN + tl.arange(0, BN)
         here = n < S
         if bias is not None:
             b = tl.load(bias + n.to(tl.int64) * sb, mask=here, other=-float("inf"))
             here = b != -float("inf")
-        kn = load_rows(k, n.to(tl.int64) * sk, here, MASKED or bias is not None, D, BD)
+        first = tl.full((), i * BN, tl.int64)
+        kn = load_rows(k + first * sk, steps(tl.arange(0, BN), sk, WIDE), here, MASKED or bias is not None, D, BD)
         s = tl.dot(q, tl.trans(kn), input_precision=PREC)
         if not FOLD:
             s = s * scale
@@ -286,7 +326,7 @@ def attend(
         p = tl.exp2((s - base[:, None]) * unit)  # not s unit - base unit in one fma: its rounding of base blows up beyond 1e8
         shrink = tl.exp2((top - base) * unit)
         total = total * shrink + tl.sum(p, 1)
-        vn = load_rows(v, n.to(tl.int64) * sv, here, MASKED or bias is not None, D, BD)
+        vn = load_rows(v + first * sv, steps(tl.arange(0, BN), sv, WIDE), here, MASKED or bias is not None, D, BD)
         acc = tl.dot(p.to(vn.dtype), vn, acc * shrink[:, None], input_precision=PREC)
         top = higher
     return top, total, acc
