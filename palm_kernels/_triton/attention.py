@@ -43,7 +43,7 @@ def _fwd(
     q, k, v, out, lse, bias, tiles, ranks, prefix_lengths, cu_q, cu_k, sq, sk, sv, so, sl, sb,
     B, T, S, G, K, scale, left, right,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
     """q, out [B,T,H,D], k, v [B,S,K,D] by strides s* (batch, token, head); lse [B,H,T] float32; packed where cu_q is given."""
     # fmt: on
@@ -64,16 +64,17 @@ def _fwd(
             list_base = tiles + first
             begin, full0 = tl.load(ranks + first + begin), tl.load(ranks + first + full0)
             full1, end = tl.load(ranks + first + full1), tl.load(ranks + first + end)
-        qt = load_rows(q, row_offsets(r, G, kh * G, q_row, b, sq), here, True, D, BD)
+        q_rows = q, row_offsets(r, G, kh * G, q_row, b, sq), here
+        qt = load_rows(*q_rows, True, D, BD)
         top = tl.full([BM], -float("inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BD], tl.float32)
         top, total, acc = attend(
-            qt, top, total, acc, begin, end, full0, full1, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
-            lo, hi, S, scale, False, FOLD, WIDE, D, BD, BN, PREC)
+            qt, q_rows, top, total, acc, begin, end, full0, full1, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
+            lo, hi, S, scale, False, FOLD, WIDE, D, BD, DC, BN, PREC)
         top, total, acc = attend(
-            qt, top, total, acc, begin, end, full0, full1, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
-            lo, hi, S, scale, True, FOLD, WIDE, D, BD, BN, PREC)
+            qt, q_rows, top, total, acc, begin, end, full0, full1, k_base, v_base, bias_base, list_base, sk[1], sv[1], sb[1],
+            lo, hi, S, scale, True, FOLD, WIDE, D, BD, DC, BN, PREC)
         if FOLD:
             top = top * scale
         r = again(tile) * BM + tl.arange(0, BM)
@@ -85,7 +86,7 @@ def _fwd(
 def _forward(q, k, v, cu_q, cu_k, key_bias, prefix_lengths, causal, scale, left, right, out, lse):
     if out.numel() == 0:
         return
-    shape, options = geometry(q, k, cu_q), tile_config("fwd", q)
+    shape, options = geometry(q, k, cu_q), tile_config("fwd", q, key_bias)
     tiles, ranks, _ = present_tiles(key_bias, cu_k, shape.B, shape.S, options["BN"])
     _fwd[(shape.query_programs(options["BM"]),)](
         q, k, v, out, lse, key_bias, tiles, ranks, prefix_lengths, cu_q, cu_k,

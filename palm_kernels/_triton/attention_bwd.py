@@ -32,6 +32,7 @@ from .attention_tiles import (
     lse_strides,
     mask_options,
     present_tiles,
+    product,
     query_tile,
     row_offsets,
     seen_at,
@@ -56,8 +57,8 @@ def _probability(qk, lse, bias, scale):
 # fmt: off
 @triton.jit
 def _dq_tiles(
-    dq, q, do, lse, delta, weight, begin, end, full0, full1, k, v, bias, tiles, sk, sv, sb, lo, hi, S, scale,
-    MASKED: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    dq, q, q_rows, do, do_rows, lse, delta, weight, begin, end, full0, full1, k, v, bias, tiles, sk, sv, sb, lo, hi, S, scale,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DC: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
     """dq + ds k over key tiles [full0, full1), or with MASKED the others of [begin, end)."""
     # fmt: on
@@ -73,15 +74,17 @@ def _dq_tiles(
             here = b != -float("inf")
             b = b[None, :]
         first, on = tl.full((), i * BN, tl.int64), tl.arange(0, BN)
-        kn = load_rows(k + first * sk, steps(on, sk, WIDE), here, MASKED or bias is not None, D, BD)
-        vn = load_rows(v + first * sv, steps(on, sv, WIDE), here, MASKED or bias is not None, D, BD)
-        p = _probability(tl.dot(q, tl.trans(kn), input_precision=PREC), lse[:, None], b, scale)
+        k_rows = k + first * sk, steps(on, sk, WIDE), here
+        v_rows = v + first * sv, steps(on, sv, WIDE), here
+        kn = load_rows(*k_rows, MASKED or bias is not None, D, BD)
+        vn = load_rows(*v_rows, MASKED or bias is not None, D, BD)
+        p = _probability(product(q, q_rows, kn, k_rows, D, BD, DC, PREC), lse[:, None], b, scale)
         keep = here[None, :]
         if MASKED:
             keep = keep & (n[None, :] >= lo[:, None]) & (n[None, :] <= hi[:, None])
         if MASKED or bias is not None:
             p = tl.where(keep, p, 0.0)
-        dp = tl.dot(do, tl.trans(vn), input_precision=PREC)
+        dp = product(do, do_rows, vn, v_rows, D, BD, DC, PREC)
         if weight is not None:
             dp *= weight[:, None]
         ds = p * (dp - delta[:, None])
@@ -95,7 +98,7 @@ def _dq(
     dout, dlse, q, k, v, out, lse, dq, stats, bias, tiles, ranks, seen, prefix_lengths, cu_q, cu_k,
     sd, sdl, sq, sk, sv, so, sl, sdq, sb, B, T, S, G, K, scale, left, right,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
     """Tensors [B,T,H,D], [B,S,K,D] by strides (batch, token, head); stats [2 or 3, slots, BM] float32 gets each row's."""
     # fmt: on
@@ -117,7 +120,8 @@ def _dq(
             list_base = tiles + first
             begin, full0 = tl.load(ranks + first + begin), tl.load(ranks + first + full0)
             full1, end = tl.load(ranks + first + full1), tl.load(ranks + first + end)
-        do = load_rows(dout, row_offsets(r, G, kh * G, q_row, b, sd), here, True, D, BD)
+        do_rows = dout, row_offsets(r, G, kh * G, q_row, b, sd), here
+        do = load_rows(*do_rows, True, D, BD)
         ot = load_rows(out, row_offsets(r, G, kh * G, q_row, b, so), here, True, D, BD)
         delta = tl.sum(do.to(tl.float32) * ot.to(tl.float32), 1)
         at = stats + slot.to(tl.int64) * BM + tl.arange(0, BM)
@@ -137,14 +141,15 @@ def _dq(
         row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
         tl.store(at, row_lse)
         tl.store(at + plane, delta)
-        qt = load_rows(q, row_offsets(r, G, kh * G, q_row, b, sq), here, True, D, BD)
+        q_rows = q, row_offsets(r, G, kh * G, q_row, b, sq), here
+        qt = load_rows(*q_rows, True, D, BD)
         acc = tl.zeros([BM, BD], tl.float32)
         acc = _dq_tiles(
-            acc, qt, do, row_lse, delta, weight, begin, end, full0, full1, k_base, v_base, bias_base, list_base,
-            sk[1], sv[1], sb[1], lo, hi, S, scale, False, WIDE, D, BD, BN, PREC)
+            acc, qt, q_rows, do, do_rows, row_lse, delta, weight, begin, end, full0, full1, k_base, v_base, bias_base, list_base,
+            sk[1], sv[1], sb[1], lo, hi, S, scale, False, WIDE, D, BD, DC, BN, PREC)
         acc = _dq_tiles(
-            acc, qt, do, row_lse, delta, weight, begin, end, full0, full1, k_base, v_base, bias_base, list_base,
-            sk[1], sv[1], sb[1], lo, hi, S, scale, True, WIDE, D, BD, BN, PREC)
+            acc, qt, q_rows, do, do_rows, row_lse, delta, weight, begin, end, full0, full1, k_base, v_base, bias_base, list_base,
+            sk[1], sv[1], sb[1], lo, hi, S, scale, True, WIDE, D, BD, DC, BN, PREC)
         acc = tl.where((row_lse == float("inf"))[:, None], 0.0, acc * scale)
         r = again(tile) * BM + tl.arange(0, BM)
         store_rows(dq, row_offsets(r, G, kh * G, q_row, b, sdq), acc, r < rows, D, BD)
@@ -178,10 +183,11 @@ def _query_tiles(
 # fmt: off
 @triton.jit
 def _dkdv_tiles(
-    dk, dv, db, kn, vn, bias, begin, end, full0, full1, q, dout, stats, plane, n, sq, sd, G, T, S, prefix, left, right, scale,
+    dk, dv, db, kn, k_rows, vn, v_rows, bias, begin, end, full0, full1, q, dout, stats, plane, n, sq, sd,
+    G, T, S, prefix, left, right, scale,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DBIAS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DC: tl.constexpr, BM: tl.constexpr, PREC: tl.constexpr,
 ):
     """dk + ds^T q, dv + p^T dout, db + rowsum(ds^T) over tiles of packed rows of all heads; p stands [BN, BM].
 
@@ -196,9 +202,11 @@ def _dkdv_tiles(
         sees = lse < float("inf")  # what stands in the others' q and dout must not matter
         some_blind: tl.constexpr = MASKED or bias is not None
         first = tl.full((), t0, tl.int64)
-        qt = load_rows(q + first * sq[1], steps(t - t0, sq[1], WIDE) + steps(r % G, sq[2], WIDE), sees, some_blind, D, BD)
-        do = load_rows(dout + first * sd[1], steps(t - t0, sd[1], WIDE) + steps(r % G, sd[2], WIDE), sees, some_blind, D, BD)
-        p = _probability(tl.dot(kn, tl.trans(qt), input_precision=PREC), lse[None, :], bias, scale)
+        q_rows = q + first * sq[1], steps(t - t0, sq[1], WIDE) + steps(r % G, sq[2], WIDE), sees
+        do_rows = dout + first * sd[1], steps(t - t0, sd[1], WIDE) + steps(r % G, sd[2], WIDE), sees
+        qt = load_rows(*q_rows, some_blind, D, BD)
+        do = load_rows(*do_rows, some_blind, D, BD)
+        p = _probability(product(kn, k_rows, qt, q_rows, D, BD, DC, PREC), lse[None, :], bias, scale)
         if MASKED:
             lo, hi = visible(t, T, S, prefix, left, right, CAUSAL, LEFT, RIGHT)
             p = tl.where((n[:, None] >= lo[None, :]) & (n[:, None] <= hi[None, :]), p, 0.0)
@@ -206,7 +214,7 @@ def _dkdv_tiles(
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PREC)
         if DK:
             delta = tl.load(stats + plane + r)
-            dp = tl.dot(vn, tl.trans(do), input_precision=PREC)
+            dp = product(vn, v_rows, do, do_rows, D, BD, DC, PREC)
             if EXACT:
                 dp *= tl.load(stats + 2 * plane + r)[None, :]
             ds = p * (dp - delta[None, :])
@@ -223,7 +231,7 @@ def _keys(
     B, T, S, G, K, slots, scale, left, right,
     DK: tl.constexpr, DV: tl.constexpr,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, PREC: tl.constexpr,
 ):
     """dk (with dbias) or dv or both of one tile of keys of one key/value head."""
     # fmt: on
@@ -253,22 +261,22 @@ def _keys(
             begin, full0, full1, end = begin * any_kept, full0 * any_kept, full1 * any_kept, end * any_kept
             bn = bn[:, None]
         n64 = n.to(tl.int64)
-        kn = load_rows(first_row(k, b, k_row, kh, sk), n64 * sk[1], here, True, D, BD)
+        k_rows = first_row(k, b, k_row, kh, sk), n64 * sk[1], here
+        kn = load_rows(*k_rows, True, D, BD)
         DBIAS: tl.constexpr = DK and dbias is not None
-        vn = kn
-        if DK:
-            vn = load_rows(first_row(v, b, k_row, kh, sv), n64 * sv[1], here, True, D, BD)
+        v_rows = first_row(v, b, k_row, kh, sv), n64 * sv[1], here
+        vn = load_rows(*v_rows, True, D, BD)
         q_base, d_base = first_row(q, b, q_row, kh * G, sq), first_row(dout, b, q_row, kh * G, sd)
         stats_base, plane = stats + stats_row, slots.to(tl.int64) * BQ
         dk_sum = tl.zeros([BN, BD], tl.float32)
         dv_sum = tl.zeros([BN, BD], tl.float32)
         db_sum = tl.zeros([BN], tl.float32)
         dk_sum, dv_sum, db_sum = _dkdv_tiles(
-            dk_sum, dv_sum, db_sum, kn, vn, bn, begin, end, full0, full1, q_base, d_base, stats_base, plane, n, sq, sd, G, T, S,
-            prefix, left, right, scale, False, CAUSAL, LEFT, RIGHT, DK, DV, DBIAS, EXACT, WIDE, D, BD, BM, PREC)
+            dk_sum, dv_sum, db_sum, kn, k_rows, vn, v_rows, bn, begin, end, full0, full1, q_base, d_base, stats_base, plane,
+            n, sq, sd, G, T, S, prefix, left, right, scale, False, CAUSAL, LEFT, RIGHT, DK, DV, DBIAS, EXACT, WIDE, D, BD, DC, BM, PREC)
         dk_sum, dv_sum, db_sum = _dkdv_tiles(
-            dk_sum, dv_sum, db_sum, kn, vn, bn, begin, end, full0, full1, q_base, d_base, stats_base, plane, n, sq, sd, G, T, S,
-            prefix, left, right, scale, True, CAUSAL, LEFT, RIGHT, DK, DV, DBIAS, EXACT, WIDE, D, BD, BM, PREC)
+            dk_sum, dv_sum, db_sum, kn, k_rows, vn, v_rows, bn, begin, end, full0, full1, q_base, d_base, stats_base, plane,
+            n, sq, sd, G, T, S, prefix, left, right, scale, True, CAUSAL, LEFT, RIGHT, DK, DV, DBIAS, EXACT, WIDE, D, BD, DC, BM, PREC)
         n = again(tile) * BN + tl.arange(0, BN)
         n64 = n.to(tl.int64)
         if DK:
@@ -290,7 +298,7 @@ def _dkdv(
     dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
     B, T, S, G, K, slots, scale, left, right,
     CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BM_DK: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DC: tl.constexpr, BM: tl.constexpr, BM_DK: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
     PREC: tl.constexpr,
 ):
     """A tile of keys a program; with BM_DK its program_id(1) 0 makes dk by tiles of BM_DK query rows and 1 makes dv by tiles of BM.
@@ -301,15 +309,15 @@ def _dkdv(
     if BM_DK == 0:
         _keys(
             dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
-            B, T, S, G, K, slots, scale, left, right, True, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, BM, BN, BQ, PREC)
+            B, T, S, G, K, slots, scale, left, right, True, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
     elif tl.program_id(1) == 0:
         _keys(
             dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
-            B, T, S, G, K, slots, scale, left, right, True, False, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, BM_DK, BN, BQ, PREC)
+            B, T, S, G, K, slots, scale, left, right, True, False, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM_DK, BN, BQ, PREC)
     else:
         _keys(
             dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
-            B, T, S, G, K, slots, scale, left, right, False, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, BM, BN, BQ, PREC)
+            B, T, S, G, K, slots, scale, left, right, False, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
 
 
 def _head_sums(dbias: Tensor | None, K: int) -> Tensor | None:
@@ -322,7 +330,7 @@ def _head_sums(dbias: Tensor | None, K: int) -> Tensor | None:
 def _backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, key_bias, prefix_lengths, causal, scale, left, right, dq, dk, dv, dbias):
     shape = geometry(q, k, cu_q)
     masks, window = {**mask_options(causal, left, right), "EXACT": q.dtype == torch.float32}, shape.window(left, right)
-    options = tile_config("dq", q)
+    options = tile_config("dq", q, key_bias)
     BQ = options["BM"]
     slots = shape.query_programs(BQ)
     stats = torch.empty(3 if masks["EXACT"] else 2, slots * BQ, dtype=torch.float32, device=q.device)
@@ -335,7 +343,8 @@ def _backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, key_bias, prefix_length
         )  # fmt: skip
     if dk.numel():
         sums = _head_sums(dbias, shape.K)
-        options = tile_config("dkdv", q)
+        options = tile_config("dkdv", q, key_bias)
+        assert BQ % options["BM"] == 0, f"{BQ} rows of the first pass must be whole tiles of {options['BM']} in the second"
         _dkdv[(shape.key_programs(options["BN"]), 2 if options["BM_DK"] else 1)](
             dout, q, k, v, dk, dv, sums, stats, key_bias, prefix_lengths, cu_q, cu_k,
             strides4(dout), strides4(q), strides4(k), strides4(v), strides4(dk), strides4(dv), bias_strides(key_bias),

@@ -12,7 +12,6 @@ from .attention_tiles import (
     bias_row,
     bias_strides,
     common_options,
-    config,
     first_row,
     geometry,
     key_tiles,
@@ -23,9 +22,10 @@ from .attention_tiles import (
     row_offsets,
     store_attended,
     strides4,
+    tile_config,
     visible,
 )
-from .common import arch, multiprocessors, next_power_of_2
+from .common import multiprocessors, next_power_of_2
 
 MAX_PARTS = 128
 
@@ -35,7 +35,7 @@ MAX_PARTS = 128
 def _decode(
     q, k, v, out, lse, bias, lengths, sq, sk, sv, so, sl, sb, part_out, part_lse,
     B, T, S, G, K, scale, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
     """Part program_id(1) of num_programs(1) of the key tiles that a tile of query rows sees; results part_out, part_lse apart."""
     # fmt: on
@@ -57,11 +57,12 @@ def _decode(
     bias_base = bias
     if bias is not None:
         bias_base = bias_row(bias, b, 0, sb)
-    qt = load_rows(q, row_offsets(r, G, kh * G, 0, b, sq), here, True, D, BD)
+    q_rows = q, row_offsets(r, G, kh * G, 0, b, sq), here
+    qt = load_rows(*q_rows, True, D, BD)
     top, total, acc = attend(
-        qt, tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32), begin, end,
+        qt, q_rows, tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32), begin, end,
         end, end, first_row(k, b, 0, kh, sk), first_row(v, b, 0, kh, sv), bias_base, None, sk[1], sv[1], sb[1],
-        lo, hi, length, scale, True, FOLD, WIDE, D, BD, BN, PREC)
+        lo, hi, length, scale, True, FOLD, WIDE, D, BD, DC, BN, PREC)
     if FOLD:
         top = top * scale
     store_attended(
@@ -99,7 +100,7 @@ def attention_decode(q, k_cache, v_cache, cache_lengths, key_bias, scale, left, 
     if out.numel() == 0:
         return
     shape = geometry(q, k_cache)
-    options = config("decode", arch(), q.shape[-1], q.dtype)
+    options = tile_config("decode", q, key_bias)
     options["BM"] = min(options["BM"], max(16, next_power_of_2(shape.T * shape.G)))
     programs = shape.query_programs(options["BM"])
     parts = min(MAX_PARTS, triton.cdiv(shape.S, options["BN"]), 2 * multiprocessors(q.device) // programs)

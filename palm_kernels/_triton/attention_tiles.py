@@ -19,21 +19,68 @@ from .common import arch, dot_precision, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# (kernel, 16-bit?, padded head dim): BM query rows, BN keys, num_warps, num_stages. Registers and shared memory that they take stand
-# in benchmarks/results/triton-resources.
+# (kernel, 16-bit?, padded head dim): BM query rows, BN keys, num_warps, num_stages; for "dkdv" a fifth number means two passes, dk's by
+# so many query rows. "+bias" stands where a key_bias would otherwise make the kernel spill. The largest tiles that do not spill with
+# any mask; the registers and shared memory that they take stand in benchmarks/results/triton-resources.
 HOPPER = {
-    (k, h, d): (64, 64, 4, 2)
-    for k in ("fwd", "dq", "dkdv", "decode")
-    for h in (True, False)
-    for d in (16, 32, 64, 128, 256)
+    ("fwd", True, 256): (128, 64, 8, 2),
+    ("fwd+bias", True, 256): (128, 32, 8, 2),
+    ("fwd", True, 128): (128, 128, 8, 2),
+    ("fwd+bias", True, 128): (128, 64, 8, 2),
+    ("fwd", True, 64): (128, 128, 8, 2),
+    ("fwd", True, 32): (128, 64, 4, 2),
+    ("dq", True, 256): (128, 32, 8, 2),
+    ("dq", True, 128): (128, 64, 8, 2),
+    ("dq", True, 64): (128, 64, 8, 2),
+    ("dq", True, 32): (128, 64, 4, 2),
+    # 64 keys a program leave room for both sums at D = 256, but both warpgroups would then share one wgmma tile of rows
+    ("dkdv", True, 256): (64, 128, 8, 2, 32),
+    ("dkdv", True, 128): (64, 128, 8, 2),
+    ("dkdv+bias", True, 128): (64, 64, 8, 2),
+    ("dkdv", True, 64): (64, 128, 8, 2),
+    ("dkdv", True, 32): (64, 128, 4, 2),
+    ("decode", True, 256): (64, 64, 4, 2),
+    ("decode", True, 128): (64, 64, 4, 3),
+    ("decode", True, 64): (64, 128, 4, 3),
+    ("decode", True, 32): (64, 128, 4, 3),
+    ("fwd", False, 256): (32, 16, 8, 2),
+    ("fwd", False, 128): (64, 32, 8, 2),
+    ("fwd", False, 64): (64, 32, 4, 2),
+    ("fwd", False, 32): (64, 32, 4, 2),
+    ("dq", False, 256): (32, 16, 8, 2),
+    ("dq", False, 128): (32, 16, 4, 1),
+    ("dq", False, 64): (64, 32, 4, 2),
+    ("dq", False, 32): (64, 32, 4, 2),
+    ("dkdv", False, 256): (16, 32, 8, 1, 16),
+    ("dkdv", False, 128): (16, 32, 8, 1),
+    ("dkdv", False, 64): (32, 32, 8, 2),
+    ("dkdv", False, 32): (32, 64, 4, 2),
+    ("decode", False, 256): (32, 32, 8, 1),
+    ("decode", False, 128): (32, 32, 4, 2),
+    ("decode", False, 64): (32, 64, 4, 2),
+    ("decode", False, 32): (32, 64, 4, 2),
 }
-AMPERE = HOPPER
+AMPERE = {
+    **HOPPER,
+    ("fwd", True, 256): (64, 64, 8, 2),
+    ("fwd+bias", True, 256): (64, 64, 8, 2),
+    ("fwd", True, 128): (128, 64, 8, 3),
+    ("dq", True, 256): (64, 32, 8, 2),
+    ("dkdv", True, 256): (32, 64, 8, 2),
+    ("dkdv+bias", True, 256): (64, 64, 8, 2, 32),
+    ("fwd", False, 128): (64, 16, 8, 2),
+    ("fwd", False, 64): (64, 32, 8, 2),
+    ("dq", False, 64): (32, 32, 4, 2),
+    ("dkdv", False, 64): (32, 32, 4, 2),
+}
 
 
-def config(kernel: str, arch: int, D: int, dtype: torch.dtype) -> dict:
-    """Tile sizes and launch options of "fwd", "dq", "dkdv", "decode": by chip, head dim and dtype, never by length."""
+def config(kernel: str, arch: int, D: int, dtype: torch.dtype, bias: bool = False) -> dict:
+    """Tile sizes and launch options of "fwd", "dq", "dkdv", "decode": by chip, head dim, dtype and bias, never by length."""
     table = HOPPER if arch >= 90 else AMPERE
-    BM, BN, warps, stages, *dk_rows = table[kernel, dtype.itemsize == 2, padded(D)]
+    key = dtype.itemsize == 2, max(32, padded(D))
+    biased = table.get((kernel + "+bias", *key)) if bias else None
+    BM, BN, warps, stages, *dk_rows = biased or table[(kernel, *key)]
     options = {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
     return {**options, "BM_DK": dk_rows[0] if dk_rows else 0} if kernel == "dkdv" else options
 
@@ -43,14 +90,15 @@ def padded(D: int) -> int:
 
 
 def common_options(q: Tensor, *others: Tensor) -> dict:
-    """Head dim, product precision, and whether a tile's offsets need 64 bits (128 rows of the widest stride)."""
+    """Head dim, its chunks, product precision, and whether a tile's offsets need 64 bits (128 rows of the widest stride)."""
     D = q.shape[-1]
     wide = max(s for x in (q, *others) for s in x.stride()[-3:-1]) >= 2**24
-    return {"D": D, "BD": padded(D), "PREC": dot_precision(q.dtype), "WIDE": wide}
+    DC = min(64, padded(D)) if q.dtype == torch.float32 else padded(D)
+    return {"D": D, "BD": padded(D), "DC": DC, "PREC": dot_precision(q.dtype), "WIDE": wide}
 
 
-def tile_config(kernel: str, q: Tensor) -> dict:
-    return config(kernel, arch(), q.shape[-1], q.dtype)
+def tile_config(kernel: str, q: Tensor, key_bias: Tensor | None) -> dict:
+    return config(kernel, arch(), q.shape[-1], q.dtype, key_bias is not None)
 
 
 # ---- which keys a query sees, where rows are ----
@@ -167,6 +215,29 @@ def load_rows(base, offsets, here, ROWS: tl.constexpr, D: tl.constexpr, BD: tl.c
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def product(a, a_rows, b, b_rows, D: tl.constexpr, BD: tl.constexpr, DC: tl.constexpr, PREC: tl.constexpr):
+    """a b^T over the head dim, [rows of a, rows of b], of tiles that stand in rows (base, offsets, which exist).
+
+    With DC < BD (float32 beyond 64) the tiles are loaded again by chunks of DC: a tile that stays in registers would stay there in the
+    two tf32 parts that its products need, which is more than there are.
+    """
+    if DC == BD:
+        return tl.dot(a, tl.trans(b), input_precision=PREC)
+    else:
+        total = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+        for c in tl.range(0, D, DC):
+            d = c + tl.arange(0, DC)
+            ac = tl.load(
+                a_rows[0] + (a_rows[1][:, None] + d[None, :]), mask=a_rows[2][:, None] & (d < D)[None, :], other=0.0
+            )
+            bc = tl.load(
+                b_rows[0] + (b_rows[1][:, None] + d[None, :]), mask=b_rows[2][:, None] & (d < D)[None, :], other=0.0
+            )
+            total = tl.dot(ac, tl.trans(bc), total, input_precision=PREC)
+        return total
 
 
 @triton.jit
@@ -289,12 +360,14 @@ def lse_strides(x: Tensor | None) -> tuple[int, int]:
 # fmt: off
 @triton.jit
 def attend(
-    q, top, total, acc, begin, end, full0, full1, k, v, bias, tiles, sk, sv, sb, lo, hi, S, scale,
-    MASKED: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
+    q, q_rows, top, total, acc, begin, end, full0, full1, k, v, bias, tiles, sk, sv, sb, lo, hi, S, scale,
+    MASKED: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DC: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
 ):
     """Online softmax over key tiles: running maximum `top`, sum of exponentials `total`, acc = their sum times v.
 
-    The tiles are [full0, full1), or with MASKED the others of [begin, end). k, v, bias point to the sequence's first key, sk, sv, sb are its rows' strides. FOLD: scores and `top` are q k^T alone.
+    The tiles are [full0, full1), or with MASKED the others of [begin, end).
+    k, v, bias point to the sequence's first key, sk, sv, sb are its rows' strides. FOLD: scores and `top` are q k^T alone.
     """
     # fmt: on
     unit = scale * LOG2E if FOLD else LOG2E
@@ -308,8 +381,9 @@ def attend(
             b = tl.load(bias + n.to(tl.int64) * sb, mask=here, other=-float("inf"))
             here = b != -float("inf")
         first = tl.full((), i * BN, tl.int64)
-        kn = load_rows(k + first * sk, steps(tl.arange(0, BN), sk, WIDE), here, MASKED or bias is not None, D, BD)
-        s = tl.dot(q, tl.trans(kn), input_precision=PREC)
+        k_rows = k + first * sk, steps(tl.arange(0, BN), sk, WIDE), here
+        kn = load_rows(*k_rows, MASKED or bias is not None, D, BD)
+        s = product(q, q_rows, kn, k_rows, D, BD, DC, PREC)
         if not FOLD:
             s = s * scale
         keep = here[None, :]
