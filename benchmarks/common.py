@@ -22,7 +22,7 @@ from palm_kernels import dispatch, reference
 from .machine import cpu_clock, gpu_clock, peak_memory
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the error budget is the tests': there is one
-from helpers import assert_close, make_douts, rms, run
+from helpers import assert_close, check_op, make_douts, rms, run  # noqa: F401  check_op for tune.py
 
 OURS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # our backends on a device, each a provider of its own
 FORWARD, BOTH = "forward", "forward+backward"
