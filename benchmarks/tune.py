@@ -27,7 +27,13 @@ import palm_kernels as pk
 from .common import brief, check_op, randn
 from .machine import gpu_clock, require_gpu
 
-FIELDS = ("BM", "BN", "num_warps", "num_stages")
+FIELDS = (
+    "BM",
+    "BN",
+    "num_warps",
+    "num_stages",
+    "BM_DK",
+)  # the last of "dkdv" alone, and only where it makes two passes
 KERNELS = ("fwd", "dq", "dkdv", "decode")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WIDTH = 4096  # of all heads together, as in PaLM 8B
@@ -40,6 +46,10 @@ class Entry(NamedTuple):
     kernel: str
     D: int
     dtype: str
+    bias: bool = False
+
+    def __str__(self):
+        return f"{self.kernel}{'+bias' * self.bias} D={self.D} {self.dtype}"
 
 
 def _tables():
@@ -58,8 +68,11 @@ def tiles(kernel: str, values: tuple) -> Iterator[None]:
     """Launches of `kernel` take these tiles instead of the table's: they look them up every time."""
     shipped, holders = _tables().config, _holders()
 
-    def config(name, arch, D, dtype):
-        return dict(zip(FIELDS, values, strict=True)) if name == kernel else shipped(name, arch, D, dtype)
+    def config(name, *args, **kwargs):
+        found = shipped(name, *args, **kwargs)
+        if name != kernel:
+            return found
+        return dict.fromkeys(found, 0) | dict(zip(FIELDS, values, strict=False))
 
     for module in holders:
         module.config = config
@@ -71,24 +84,27 @@ def tiles(kernel: str, values: tuple) -> Iterator[None]:
 
 
 def shipped(entry: Entry, arch: int) -> tuple:
-    config = _tables().config(entry.kernel, arch, entry.D, DTYPES[entry.dtype])
-    return tuple(config[f] for f in FIELDS)
+    config = _tables().config(entry.kernel, arch, entry.D, DTYPES[entry.dtype], *([True] if entry.bias else []))
+    return tuple(config[f] for f in FIELDS if config.get(f))
 
 
 def _shared_bytes(entry: Entry, values: tuple) -> int:
     """About the least shared memory: the tiles that stay and, for every stage but one, the two that pass by."""
-    BM, BN, _, stages = values
+    BM, BN, _, stages, *_ = values
     row = _tables().padded(entry.D) * DTYPES[entry.dtype].itemsize
     kept, passing = (2 * BN, 2 * BM) if entry.kernel == "dkdv" else (BM, 2 * BN)
     return (kept + passing * (stages - 1)) * row
 
 
 def candidates(entry: Entry, shared_limit: int) -> list[tuple]:
-    sizes = (64,) if entry.kernel == "decode" else (64, 128)  # decode cuts it down to its few rows
-    if entry.dtype == "float32":
-        sizes = (32, *sizes)
-    every = itertools.product(sizes, (32, 64, 128), (4, 8), (1, 2, 3, 4))
-    return [c for c in every if _shared_bytes(entry, c) <= shared_limit]
+    """The shapes worth a try that may fit; decode cuts BM down to its few rows."""
+    rows = {"decode": (64,), "dkdv": (32, 64, 128)}.get(entry.kernel, (64, 128))
+    if entry.dtype == "float32" and 32 not in rows:
+        rows = (32, *rows)
+    every = itertools.product(rows, (32, 64, 128), (4, 8), (2, 3, 4) if entry.kernel != "dkdv" else (2, 3))
+    found = [c for c in every if _shared_bytes(entry, c) <= shared_limit]
+    twice = [(*c, 32) for c in found] if entry.kernel == "dkdv" and entry.D > 64 else []
+    return found + twice
 
 
 def tensors(entry: Entry, small: bool) -> tuple:
@@ -101,6 +117,16 @@ def tensors(entry: Entry, small: bool) -> tuple:
     return tuple(randn(B, T, heads, entry.D, dtype=dtype) for heads in (H, 1, 1))
 
 
+def _options(entry: Entry, q: torch.Tensor, k: torch.Tensor) -> dict:
+    """The keywords of the entry's op; a bias removes a key in eight."""
+    options = {"cache_lengths": _lengths(k)} if entry.kernel == "decode" else {"causal": True}
+    if entry.bias:
+        bias = randn(*k.shape[:2], grad=False)
+        options["key_bias"] = bias.masked_fill(torch.rand_like(bias) < 0.125, -torch.inf)
+        options["key_bias"].requires_grad_(entry.kernel in ("dq", "dkdv"))
+    return options
+
+
 def _lengths(cache: torch.Tensor) -> torch.Tensor:
     return torch.full(cache.shape[:1], cache.shape[1], dtype=torch.int32)
 
@@ -108,12 +134,14 @@ def _lengths(cache: torch.Tensor) -> torch.Tensor:
 def problem(entry: Entry) -> Callable[[], object]:
     """A call that spends its time in the entry's kernel: forward, all of backward, or one decoding step."""
     q, k, v = tensors(entry, small=False)
+    options = _options(entry, q, k)
     if entry.kernel == "decode":
-        return functools.partial(pk.attention_decode, q, k, v, cache_lengths=_lengths(k))
+        return functools.partial(pk.attention_decode, q, k, v, **options)
     if entry.kernel == "fwd":
-        return functools.partial(pk.attention, q.detach(), k.detach(), v.detach(), causal=True)
-    out = pk.attention(q, k, v, causal=True)
-    return functools.partial(torch.autograd.grad, out, (q, k, v), torch.randn_like(out), retain_graph=True)
+        return functools.partial(pk.attention, q.detach(), k.detach(), v.detach(), **options)
+    out = pk.attention(q, k, v, **options)
+    leaves = (q, k, v, *([options["key_bias"]] if entry.bias else []))
+    return functools.partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
 
 
 def try_out(entry: Entry, values: tuple, device: str = "cuda") -> str:
@@ -122,10 +150,7 @@ def try_out(entry: Entry, values: tuple, device: str = "cuda") -> str:
         torch.manual_seed(0)
         q, k, v = tensors(entry, small=True)
         try:
-            if entry.kernel == "decode":
-                check_op("attention_decode", q, k, v, cache_lengths=_lengths(k))
-            else:
-                check_op("attention", q, k, v, causal=True)
+            check_op("attention_decode" if entry.kernel == "decode" else "attention", q, k, v, **_options(entry, q, k))
         except Exception as error:
             return brief(error)
     return ""
@@ -172,7 +197,8 @@ def line(entry: Entry, chosen: tuple, current: tuple, ms: dict[tuple, float]) ->
     before = f"{ms[current]:.3g} ms with {current}" if current in ms else f"{current} does not run"
     note = "as it was" if chosen == current else f"was {before}"
     half = DTYPES[entry.dtype].itemsize == 2
-    return f'    ("{entry.kernel}", {half}, {_tables().padded(entry.D)}): {chosen},  # {ms[chosen]:.3g} ms, {note}'
+    key = f'("{entry.kernel}{"+bias" * entry.bias}", {half}, {max(32, _tables().padded(entry.D))})'
+    return f"    {key}: {chosen},  # {ms[chosen]:.3g} ms, {note}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -184,6 +210,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=("bfloat16",), metavar="DTYPE", help=", ".join(DTYPES)
     )
+    parser.add_argument("--bias", action="store_true", help="with a key_bias: the lines marked +bias")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of a candidate")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no entry after this time")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
@@ -199,10 +226,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    entries = [Entry(*e) for e in itertools.product(options.kernels, options.dims, options.dtypes)]
+    entries = [Entry(*e, options.bias) for e in itertools.product(options.kernels, options.dims, options.dtypes)]
     if options.list:
         for entry in entries:
-            print(f"{entry.kernel} D={entry.D} {entry.dtype}: {len(candidates(entry, 232448))} candidates on an H100")
+            print(f"{entry}: {len(candidates(entry, 232448))} candidates on an H100")
         return 0
     require_gpu("benchmarks.tune")
     properties = torch.cuda.get_device_properties()

@@ -214,11 +214,13 @@ def test_tiles_are_replaced_for_one_kernel_and_put_back():
     before = {name: tune.shipped(tune.Entry(name, 128, "bfloat16"), 90) for name in tune.KERNELS}
     with tune.tiles("decode", (1, 2, 3, 4)):
         assert attention_decode.config("decode", 90, 64, torch.float32) == dict(
-            zip(tune.FIELDS, (1, 2, 3, 4), strict=True)
+            zip(tune.FIELDS, (1, 2, 3, 4), strict=False)
         )
         assert tune.shipped(ENTRY, 90) == before["dkdv"]
     with pytest.raises(ZeroDivisionError), tune.tiles("dkdv", (1, 2, 3, 4)):
-        assert attention_tiles.config("dkdv", 90, 64, torch.float32)["BM"] == 1 / 0
+        assert attention_tiles.config("dkdv", 90, 64, torch.bfloat16)["BM"] == 1 / 0
+    with tune.tiles("dkdv", (32, 64, 8, 2, 32)):
+        assert tune.shipped(ENTRY, 90) == (32, 64, 8, 2, 32)
     assert {name: tune.shipped(tune.Entry(name, 128, "bfloat16"), 90) for name in tune.KERNELS} == before
 
 
@@ -245,14 +247,17 @@ def test_measure_and_choose(monkeypatch):
     text = tune.line(ENTRY, (128, 64, 8, 2), (64, 64, 4, 2), ms)
     assert text == '    ("dkdv", True, 128): (128, 64, 8, 2),  # 2 ms, was 3 ms with (64, 64, 4, 2)'
     assert eval("{" + text + "\n}") == {("dkdv", True, 128): (128, 64, 8, 2)}
+    assert tune.line(ENTRY._replace(bias=True), (64, 64, 4, 2), (64, 64, 4, 2), ms).startswith(
+        '    ("dkdv+bias", True, 128)'
+    )
 
 
 @needs_triton
 def test_try_out(monkeypatch):
     """On the CPU the tiles mean nothing, but the check is the same."""
     monkeypatch.setattr(tune, "WIDTH", 512)
-    for name in ("fwd", "decode"):
-        assert tune.try_out(tune.Entry(name, 256, "bfloat16"), (64, 64, 4, 2), device="cpu") == ""
+    for name, bias in (("fwd", False), ("dq", True), ("decode", True)):
+        assert tune.try_out(tune.Entry(name, 256, "bfloat16", bias), (64, 64, 4, 2), device="cpu") == ""
     monkeypatch.setattr(tune, "check_op", lambda *args, **kwargs: 1 / 0)
     assert tune.try_out(ENTRY, (64, 64, 4, 2), device="cpu") == "ZeroDivisionError: division by zero"
 
