@@ -1,14 +1,16 @@
 # Each target sets up .venv and builds the kernels by itself where needed; ARGS passes options on.
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
+GPU_PY ?= $(or $(wildcard $(PY)),python3)
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help setup build test lint format ner bench wheel clean
+.PHONY: help setup build test lint format gpu-check ner bench wheel clean
 help:
 	@echo "make setup    .venv with $(TORCH), all extras, the kernels built in place"
 	@echo "make build    the kernels alone, after a change in csrc (ninja, incremental)"
 	@echo "make test     every test;  ARGS='tests/test_swiglu.py -k stride' for some"
 	@echo "make lint     ruff, clang-format, pyright;  make format writes"
+	@echo "make gpu-check PART=tests|sanitize|speed  on a GPU, with GPU_PY as it is (.venv's python, else python3); all parts by default"
 	@echo "make ner      the example: fine-tune on named entities;  ARGS='--data DIR'"
 	@echo "make bench    benchmarks.report;  ARGS='--quick'"
 	@echo "make wheel    dist/*.whl, tested from an empty directory"
@@ -34,6 +36,8 @@ format: setup
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 	.venv/bin/clang-format -i $(NATIVE)
+gpu-check:
+	$(GPU_PY) -m benchmarks.gpu_check $(PART) $(ARGS)
 ner: setup
 	$(PY) -m examples.ner.train $(ARGS)
 bench: setup

@@ -8,7 +8,6 @@ import itertools
 import os
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 import palm_kernels as pk
-from palm_kernels import reference
+from palm_kernels import dispatch, reference
 
-from .machine import peak_memory
+from .machine import cpu_clock, gpu_clock, peak_memory
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the error budget is the tests': there is one
-from helpers import assert_close, make_douts, rms, run
+from helpers import assert_close, check_op, make_douts, rms, run  # noqa: F401  check_op for tune.py
 
 OURS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # our backends on a device, each a provider of its own
 FORWARD, BOTH = "forward", "forward+backward"
@@ -72,6 +71,8 @@ class Effort:
 
 FULL = Effort(3.0, 3, 60, 8.0)
 QUICK = Effort(0.5, 3, 20, 2.0)
+GPU_FULL = Effort(1.2, 5, 100, 4.0)
+GPU_QUICK = Effort(0.3, 5, 30, 2.0)
 
 
 def randn(*shape: int, dtype=torch.float32, scale=1.0, grad=True) -> Tensor:
@@ -128,6 +129,9 @@ def providers_of(bench: Bench, device: str) -> list[Provider]:
     """Ours (one a backend; the reference where it is forced), the peers, the floors."""
     forced = os.environ.get("PALM_KERNELS_BACKEND", "auto")
     backends = OURS[device] if forced == "auto" else (forced,)
+    backends = [
+        b for b in backends if b == backends[0] or b not in dispatch._load_errors
+    ]  # a library that is not built is no gap
 
     def ours(*args, **kwargs):
         if not hasattr(pk, bench.op):
@@ -145,7 +149,7 @@ def _outputs(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
@@ -196,7 +200,7 @@ def gate(bench: Bench, case: dict, providers: Sequence[Provider]) -> dict[str, d
         except (NotImplementedError, ImportError) as error:
             verdicts[p.name] = {"status": "absent", "reason": str(error)}
         except Exception as error:
-            verdicts[p.name] = {"status": "failed", "reason": _brief(error)}
+            verdicts[p.name] = {"status": "failed", "reason": brief(error)}
     return verdicts
 
 
@@ -236,42 +240,20 @@ def prepare(sets: list[tuple], providers: Sequence[Provider], mode: str) -> dict
     return {p.name: (forward if mode == FORWARD else both)(p) for p in providers}
 
 
-def _clock(device: str) -> Callable[[Callable], float]:
-    """seconds(call). On a GPU between two events, after a write that empties the L2 cache and hides the launch."""
-    if device == "cpu":
-
-        def seconds(call):
-            start = time.perf_counter()
-            result = call()
-            taken = time.perf_counter() - start
-            del result
-            return taken
-
-        return seconds
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-
-    def seconds(call):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return seconds
+def clock_of(device: str) -> Callable[[Callable], float]:
+    return gpu_clock() if device == "cuda" else cpu_clock
 
 
-def _first_calls(calls: dict[str, Callable], providers: Sequence[Provider], clock) -> tuple[dict, dict]:
-    """Seconds of each provider's first call (a compiled one's second), and why some failed: these calls warm up."""
+def _first_calls(calls: dict[str, Callable], providers: Sequence[Provider], device: str, clock) -> tuple[dict, dict]:
+    """Seconds of each provider's first call (second where the first compiles), and why some failed: these calls warm up."""
     first, failures = {}, {}
     for p in providers:
         try:
             with pk.backend(p.backend):
-                for _ in range(2 if getattr(p.call, "compiles", False) else 1):
+                for _ in range(2 if device == "cuda" or getattr(p.call, "compiles", False) else 1):
                     first[p.name] = clock(calls[p.name])
         except Exception as error:
-            failures[p.name] = {"status": "failed", "reason": _brief(error)}
+            failures[p.name] = {"status": "failed", "reason": brief(error)}
     return first, failures
 
 
@@ -281,8 +263,8 @@ def measure(calls: dict[str, Callable], providers: Sequence[Provider], device: s
     The order within a round is shuffled, so nobody always runs behind the same neighbour. A first call slower than the
     patience stands as its provider's only measurement.
     """
-    clock, order = _clock(device), random.Random(0)
-    first, results = _first_calls(calls, providers, clock)
+    clock, order = clock_of(device), random.Random(0)
+    first, results = _first_calls(calls, providers, device, clock)
     times = {name: [t] if t > effort.patience else [] for name, t in first.items() if name not in results}
     repeated = [p for p in providers if times.get(p.name) == []]
     rounds = int(effort.seconds / max(1e-9, sum(first[p.name] for p in repeated)))

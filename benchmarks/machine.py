@@ -1,11 +1,14 @@
 """The machine under the numbers: its name, the peaks it reaches when a small program asks for nothing else, its memory."""
 
+import contextlib
 import ctypes
 import gc
 import os
 import pathlib
 import platform
 import re
+import subprocess
+import sys
 import time
 
 import torch
@@ -17,6 +20,43 @@ def _cpuinfo(key: str) -> str:
     path = pathlib.Path("/proc/cpuinfo")
     found = re.search(rf"^{key}\s*:\s*(.+)$", path.read_text(), re.M) if path.exists() else None
     return found[1].strip() if found else ""
+
+
+def require_gpu(command: str) -> None:
+    """Ends the process with status 2 and one sentence where there is no GPU that the kernels run on."""
+    why = ""
+    if not torch.cuda.is_available():
+        why = f"torch {torch.__version__} of {sys.executable} sees no CUDA device"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        why = f"{torch.cuda.get_device_name()} is older than sm_80"
+    if why:
+        print(f"{command}: {why}; it needs an NVIDIA GPU from sm_80 and a torch with CUDA", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _nvidia_smi(*keys: str) -> dict:
+    """What the driver says, as found: nothing is ever set. Empty where nvidia-smi cannot be had."""
+    index = torch.cuda.current_device()
+    command = ["nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader", f"--id={index}"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {k.replace(".", "_"): v for k, v in zip(keys, said.strip().splitlines()[0].split(", "), strict=False)}
+
+
+def _gpu() -> dict:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **_nvidia_smi("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit"),
+    }
 
 
 def describe(device: str) -> dict:
@@ -31,23 +71,46 @@ def describe(device: str) -> dict:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "instruction_set": ops.isa() if hasattr(ops, "isa") else None,
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        **(_gpu() if device == "cuda" else {"gpu": None}),
     }
     plain = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", cpu, flags=re.I)
     name = facts["gpu"] or f"{plain} {facts['cpu_family_model']} {facts['cores']} cores"
     return {"name": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), **facts}
 
 
+def cpu_clock(call) -> float:
+    """Seconds of one call, what it returns not yet freed."""
+    start = time.perf_counter()
+    result = call()
+    taken = time.perf_counter() - start
+    del result
+    return taken
+
+
+def gpu_clock(cuda=torch.cuda, flush=None):
+    """seconds(call) between two events on the current stream. A write of 256 MiB before it empties the L2 cache; then the GPU idles
+    for a millisecond while Python launches the call, so that what is measured are kernels and not launches, unless they take longer.
+    """
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda") if flush is None else flush
+
+    def seconds(call) -> float:
+        start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        flush.zero_()
+        cuda._sleep(2_000_000)  # cycles, near 2 GHz
+        start.record()
+        result = call()
+        end.record()
+        cuda.synchronize()
+        del result
+        return start.elapsed_time(end) / 1e3
+
+    return seconds
+
+
 def _fastest(call, device: str, repeats: int) -> float:
     """Seconds of the fastest of `repeats` calls after one unmeasured: a peak is a best, not a median."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    clock = gpu_clock() if device == "cuda" else cpu_clock
+    return min([clock(call) for _ in range(repeats + 1)][1:])
 
 
 def _unit(dot: bool, repeats: int) -> float | None:
@@ -87,6 +150,25 @@ def bound(peaks: dict, flops: float, moved: float, dtype: torch.dtype, bandwidth
     arithmetic = flops / 1e9 / max(peaks[u] or 0.0 for u in units)
     memory = moved / 1e9 / peaks[bandwidth]
     return max((arithmetic, "flops"), (memory, "bytes"))
+
+
+def release() -> None:
+    """Gives back what torch keeps of the GPU's memory; a broken context, in which nothing works any more, is left as it is."""
+    gc.collect()
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
+
+
+def training_memory(forward, leaves) -> dict[str, float]:
+    """On a GPU, MiB that forward leaves for backward beside its outputs, and that backward holds at its height, gradients included."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    outs = forward()
+    outs = [o for o in (outs if isinstance(outs, tuple) else (outs,)) if o.requires_grad]
+    saved = torch.cuda.memory_allocated() - before - sum(o.nbytes for o in outs)
+    douts = [torch.randn_like(o) for o in outs]
+    backward = peak_memory(lambda: torch.autograd.grad(outs, leaves, douts, allow_unused=True), "cuda")
+    return {"saved_mib": saved / 2**20, "backward_mib": backward}
 
 
 def _status_mb(key: str) -> float:

@@ -1,33 +1,61 @@
-"""`python -m benchmarks.report`: runs the benchmarks, prints one table, writes Markdown and JSON to results/<machine>/.
+"""`python -m benchmarks.report`: runs the benchmarks, prints one table, writes JSON, Markdown and a picture to results/<machine>/.
 
 Ratios are the best peer's median time over ours, so more than 1 means that we are faster. Exit status 1 if a provider was
-wrong or failed.
+wrong or failed (on a GPU: one of ours; what others cannot do there is listed). Files are written again after every case, so
+that a run that is cut off leaves what it had.
 """
 
 import argparse
 import datetime
+import functools
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 import palm_kernels as pk
 
-from .common import FULL, QUICK, Bench, describe_case, gate, inputs, measure, prepare, providers_of
-from .machine import bound, describe, measure_peaks
+from . import plot, targets
+from .common import (
+    BOTH,
+    FULL,
+    GPU_FULL,
+    GPU_QUICK,
+    QUICK,
+    Bench,
+    brief,
+    describe_case,
+    gate,
+    inputs,
+    measure,
+    prepare,
+    providers_of,
+)
+from .machine import bound, describe, measure_peaks, release, require_gpu, training_memory
+from .tables import complaints, details, markdown_table, number, summary, text_table
 
 HERE = Path(__file__).parent
 STEMS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
-def chosen(stems: list[str], quick: bool) -> list[tuple[str, Bench, dict]]:
+def _benches(device: str) -> dict[str, list[Bench]]:
+    """By stem; on a GPU in order of interest, because time may run out."""
+    if device == "cuda":
+        return importlib.import_module("benchmarks.gpu").BENCHES
+    return {stem: importlib.import_module(f"benchmarks.bench_{stem}").BENCHES for stem in STEMS}
+
+
+def chosen(stems: list[str] | None, quick: bool, device: str = "cpu") -> list[tuple[str, Bench, dict]]:
     """(stem, bench, case) of everything that a run measures."""
-    benches = [(stem, b) for stem in stems for b in importlib.import_module(f"benchmarks.bench_{stem}").BENCHES]
+    found = _benches(device)
+    benches = [(stem, b) for stem in stems or found for b in found[stem]]
     return [(stem, b, case) for stem, b in benches for case in (b.cases[: b.quick] if quick else b.cases)]
 
 
@@ -64,6 +92,8 @@ def run_case(stem: str, bench: Bench, case: dict, device: str, effort, seed: int
         sets, works = inputs(bench, case)
         for mode, work in works.items():
             measured = measure(prepare(sets, fit, mode), fit, device, effort)
+            if device == "cuda" and mode == BOTH:
+                _add_training_memory(measured, fit, *sets[0])
             results = {p.name: {"kind": p.kind, **verdicts[p.name], **measured.get(p.name, {})} for p in providers}
             limit, limited_by = bound(peaks, *work, case["dtype"], bench.bandwidth)
             best = judge(results, limit, {"flops": work.flops, "bytes": work.bytes}[limited_by])
@@ -85,68 +115,17 @@ def run_case(stem: str, bench: Bench, case: dict, device: str, effort, seed: int
     return rows
 
 
-def _number(x: float | None, digits: int = 3) -> str:
-    return "-" if x is None else f"{x:.0f}" if abs(x) >= 10 ** (digits - 1) else f"{x:.{digits}g}"
-
-
-def _measured(row: dict, name: str) -> list[str]:
-    """[median (p20-p80), rate, per cent of the bound, memory] of one provider, or its status."""
-    r = row["providers"][name]
-    if "ms" not in r:
-        return [r["status"], "-", "-", "-"]
-    unit = {"flops": "GF/s", "bytes": "GB/s"}[row["limited_by"]]
-    spread = f"{_number(r['ms'])} ({_number(r['p20'])}-{_number(r['p80'])})"
-    return [spread, f"{_number(r['giga_per_second'])} {unit}", f"{100 * r['of_bound']:.0f} %", _number(r["memory_mib"])]
-
-
-def summary(rows: list[dict]) -> list[list[str]]:
-    """One line for each of our backends: what it takes, and the ratio to the best peer."""
-    lines = [
-        ["op", "case", "mode", "ours", "ms (p20-p80)", "rate", "of bound", "MiB", "best peer", "ms", "MiB", "ratio"]
-    ]
-    for row in rows:
-        peer = row["providers"].get(row["best_peer"], {})
-        for name, r in row["providers"].items():
-            if r["kind"] == "ours":
-                ratio = f"{r['ratio']:.2f}x" if "ratio" in r else "-"
-                against = [row["best_peer"] or "-", _number(peer.get("ms")), _number(peer.get("memory_mib")), ratio]
-                lines.append([row["op"], row["label"], row["mode"], name, *_measured(row, name), *against])
-    return lines
-
-
-def details(rows: list[dict]) -> list[list[str]]:
-    """One line for each provider."""
-    lines = [["op", "case", "mode", "provider", "ms (p20-p80)", "rate", "of bound", "MiB", "calls"]]
-    for row in rows:
-        for name, r in row["providers"].items():
-            shown = f"{name} (floor)" if r["kind"] == "floor" else name
-            lines.append([row["op"], row["label"], row["mode"], shown, *_measured(row, name), str(r.get("calls", "-"))])
-    return lines
-
-
-def text_table(lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def markdown_table(lines: list[list[str]]) -> str:
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([rows[0], "|" + " --- |" * len(lines[0]), *rows[1:]])
-
-
-def complaints(rows: list[dict]) -> list[str]:
-    """Every provider that was not measured, once, with the reason."""
-    found = [
-        f"{r['status']}: {name}, {row['op']} {row['label']}: {r['reason']}"
-        for row in rows
-        for name, r in row["providers"].items()
-        if r["status"] != "ok"
-    ]
-    return list(dict.fromkeys(found))
+def _add_training_memory(measured: dict, providers, args, kwargs) -> None:
+    """saved_mib and backward_mib of every provider that was measured."""
+    leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+    for p in providers:
+        if "ms" in measured.get(p.name, {}):
+            with pk.backend(p.backend):
+                measured[p.name] |= training_memory(functools.partial(p.call, *args, **kwargs), leaves)
 
 
 def markdown(report: dict) -> str:
-    peaks = {k: _number(v) for k, v in report["peaks"].items()}
+    peaks = {k: number(v) for k, v in report["peaks"].items()}
     facts = [f"{k.replace('_', ' ')} {v}" for k, v in report["machine"].items() if v is not None and k != "name"]
     parts = [
         f"# {report['machine']['name']}",
@@ -156,16 +135,24 @@ def markdown(report: dict) -> str:
         "Peaks measured in this run, GFLOP/s and GB/s: " + ", ".join(f"{k} {v}" for k, v in peaks.items()),
         "`of bound`: the time that these peaks allow for the flops and the bytes of the case, over the median. "
         "`ratio`: best peer's median over ours. MiB: peak memory of one call beyond its inputs.",
+        *(["## Targets", markdown_table(targets.lines(report["rows"]))] if report["device"] == "cuda" else []),
         markdown_table(summary(report["rows"])),
         "## All providers",
         markdown_table(details(report["rows"])),
-        *(
-            ["## Not measured", "\n".join(f"- {c}" for c in complaints(report["rows"]))]
-            if complaints(report["rows"])
-            else []
-        ),
+        *(["## Not measured", "\n".join(f"- {c}" for c in report["not_measured"])] if report["not_measured"] else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _versions(device: str) -> dict:
+    versions = {"palm_kernels": pk.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    if device == "cuda":
+        for package in ("triton", "flash-attn", "liger-kernel"):
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+    return versions
 
 
 def _commit() -> str:
@@ -191,43 +178,93 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=STEMS, metavar="STEM", help=f"of {', '.join(STEMS)}")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder that gets <machine>/")
+    parser.add_argument("--minutes", type=float, help="begin no case after this time")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="folder that gets <machine>/ (default: $OUT itself if set, else benchmarks/results)",
+    )
     options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    if options.device == "cuda":
+        require_gpu("benchmarks.report --device cuda")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads {options.threads}: need 1 or more")
     return options
+
+
+def _folder(results: Path | None, machine: str) -> Path:
+    if results is None and os.environ.get("OUT"):
+        return Path(os.environ["OUT"])
+    return (results or HERE / "results") / machine
+
+
+def _save(report: dict, folder: Path, name: str) -> None:
+    write(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
+    write(folder / f"{name}.md", markdown(report))
+
+
+def measure_all(report: dict, options: argparse.Namespace, save) -> None:
+    """Fills report's rows, and lists what did not get its turn."""
+    efforts = {("cpu", False): FULL, ("cpu", True): QUICK, ("cuda", False): GPU_FULL, ("cuda", True): GPU_QUICK}
+    effort, start, skipped = efforts[options.device, options.quick], time.monotonic(), []
+    for stem, bench, case in progress(chosen(options.only, options.quick, options.device)):
+        name = f"{bench.op} {describe_case(case)} {bench.variant}".strip()
+        if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+            skipped.append(f"no time left: {name}")
+            continue
+        if options.device == "cuda":
+            print(f"{time.monotonic() - start:5.0f} s  {name}", file=sys.stderr, flush=True)
+        try:
+            report["rows"] += run_case(stem, bench, case, options.device, effort, options.seed, report["peaks"])
+        except Exception as error:
+            if options.device == "cpu":
+                raise
+            skipped.append(f"broke off: {name}: {brief(error)}")
+        if options.device == "cuda":
+            release()
+        report["not_measured"] = complaints(report["rows"], skipped)
+        save()
+    report["not_measured"] = complaints(report["rows"], skipped)
+    save()
+
+
+def failed(report: dict) -> bool:
+    """Whether a provider was wrong or raised; on a GPU one of ours, or nothing was measured."""
+    found = [r for row in report["rows"] for r in row["providers"].values()]
+    if report["device"] == "cuda":
+        found = [r for r in found if r["kind"] == "ours"]
+        if not any("ms" in r for r in found) or any(s.startswith("broke off") for s in report["not_measured"]):
+            return True
+    return any(r["status"] in ("wrong", "failed") for r in found)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    peaks = measure_peaks(options.device)
-    effort = QUICK if options.quick else FULL
-    rows = []
-    for stem, bench, case in progress(chosen(options.only or STEMS, options.quick)):
-        rows += run_case(stem, bench, case, options.device, effort, options.seed, peaks)
     report = {
         "machine": describe(options.device),
+        "device": options.device,
         "command": " ".join(["python -m benchmarks.report", *(sys.argv[1:] if argv is None else argv)]),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seed": options.seed,
-        "versions": {"palm_kernels": pk.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "peaks": peaks,
-        "rows": rows,
+        "versions": _versions(options.device),
+        "peaks": measure_peaks(options.device),
+        "rows": [],
+        "not_measured": [],
     }
     name = "-".join(["quick" if options.quick else "full", *(options.only or [])])
-    folder = options.results / report["machine"]["name"]
-    write(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
-    write(folder / f"{name}.md", markdown(report))
-    print(text_table(summary(rows)))
+    folder = _folder(options.results, report["machine"]["name"])
+    measure_all(report, options, functools.partial(_save, report, folder, name))
+    print(text_table(summary(report["rows"])))
+    if options.device == "cuda":
+        print("\n" + text_table(targets.lines(report["rows"])))
+        print("\n" + plot.bar_chart(report["rows"], f"{report['machine']['name']}, {name}", folder / f"{name}.png"))
     print(f"\nwritten: {folder / name}.md and .json")
-    for line in complaints(rows):
+    for line in report["not_measured"]:
         print(line, file=sys.stderr)
-    return int(any(r["status"] in ("wrong", "failed") for row in rows for r in row["providers"].values()))
+    return int(failed(report))
 
 
 if __name__ == "__main__":

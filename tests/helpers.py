@@ -127,9 +127,13 @@ def wide(x: Tensor, pad: int = 5, offset: int = 1) -> Tensor:
 
 
 def far_rows(rows: int, cols: int) -> Tensor:
-    """Random bfloat16 rows 2^31 + 8 elements apart, in memory that is reserved but hardly touched."""
+    """Random bfloat16 rows 2^31 + 8 elements apart, in memory that is reserved but (on the CPU) hardly touched."""
     step = 2**31 + 8
-    storage = torch.from_numpy(np.zeros((rows - 1) * step + cols, dtype="uint16")).view(torch.bfloat16)
+    size = (rows - 1) * step + cols
+    if torch.get_default_device().type == "cpu":
+        storage = torch.from_numpy(np.zeros(size, dtype="uint16")).view(torch.bfloat16)
+    else:
+        storage = torch.empty(size, dtype=torch.bfloat16)
     return storage.as_strided((rows, cols), (step, 1)).copy_(torch.randn(rows, cols))
 
 
