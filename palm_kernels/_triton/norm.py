@@ -12,12 +12,11 @@ from torch import Tensor
 from .common import next_power_of_2, over_rows, row_offset
 
 TILE, TILE_BWD = 4096, 2048  # elements a program of 8 warps works on at once: several short rows, or one longer than that
-LONGEST = 32768  # bytes of a row that forward keeps in registers
+LONGEST = 32768  # bytes of a row of x or of a gain, whichever is more, that forward keeps in registers
 LONGEST_BWD = 8192
 COLUMNS = 1024  # of longer rows, a program of backward
 GROUPS = 512  # programs of backward, each with its own sums of dweight and dbias: a constant, so that bits depend on shapes alone
-AHEAD = 2  # blocks of rows that backward has on their way to shared memory,
-SHARED = 98_304  # as far as they fit in these bytes
+SHARED = 98_304  # bytes for the blocks of rows that backward has on their way: at most two
 
 
 @triton.jit
@@ -275,11 +274,12 @@ def _over(launch, x: Tensor, *tensors: Tensor | None) -> None:
 def _forward(x, residual, weight, bias, eps: float, offset: float, out, total, mean, rstd, centred: bool) -> None:
     C = x.shape[-1]
     BC = next_power_of_2(C)
+    widest = max(t.element_size() for t in (x, weight, bias) if t is not None)
 
     def launch(rows, sizes, strides, x, out, residual, total, mean, rstd):
         flat = [s for each in strides[:4] for s in each]
         args = x, residual, weight, bias, out, total, mean, rstd, eps, offset, rows, C, *sizes[1:], *flat, centred
-        if C * x.element_size() > LONGEST:
+        if C * widest > LONGEST:
             _fwd_long[(rows,)](*args, TILE, num_warps=8)
         else:
             BR = max(1, TILE // BC)
@@ -296,7 +296,8 @@ def _backward(dout, x, weight, mean, rstd, dsum, offset: float, dx, dweight, dbi
     BC = next_power_of_2(C) if whole else COLUMNS
     BR, parts, partials = max(1, TILE_BWD // BC), triton.cdiv(C, BC), []
     warps = max(8, BC // 512)
-    stages = 1 + min(AHEAD, SHARED // (BR * BC * x.element_size() * (2 if dsum is None else 3)))
+    ahead = 1 if centred and dsum is not None else 2  # addresses of more would not fit in the registers
+    stages = 1 + min(ahead, SHARED // (BR * BC * x.element_size() * (2 if dsum is None else 3)))
 
     def launch(rows, sizes, strides, x, dout, dx, dsum, mean, rstd):
         blocks, sums, partial = triton.cdiv(rows, BR), None, None
