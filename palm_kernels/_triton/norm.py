@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .common import next_power_of_2, over_rows, row_offset
 
-TILE, TILE_BWD = 4096, 2048  # elements a program of 8 warps works on at once: several short rows, or one longer than that
+TILE = 4096  # elements that 8 warps work on at once, in several short rows or a piece of a long one
+TILE_BWD = 2048  # the same for backward, whose sums of dweight and dbias take registers too
 LONGEST = 32768  # bytes of a row of x or of a gain, whichever is more, that forward keeps in registers
-LONGEST_BWD = 8192
+LONGEST_BWD = 8192  # columns of a row that backward keeps there
 COLUMNS = 1024  # of longer rows, a program of backward
 GROUPS = 512  # programs of backward, each with its own sums of dweight and dbias: a constant, so that bits depend on shapes alone
 SHARED = 98_304  # bytes for the blocks of rows that backward has on their way: at most two
@@ -61,17 +62,12 @@ def _normed(s, mean, rstd, gain, shift, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def _gains(weight, bias, offset, c, some):
-    """weight + offset and bias of columns c, None where absent; every row needs them: kept in the cache.
+def _gain(weight, offset, c, some):
+    """weight + offset of columns c, which every row needs: kept in the cache.
 
     c has the shape of x's tile: loaded as one row they would get a layout of their own, and x would be moved into it.
     """
-    gain, shift = None, None
-    if weight is not None:
-        gain = tl.load(weight + c, mask=some, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset
-    if bias is not None:
-        shift = tl.load(bias + c, mask=some, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    return gain, shift
+    return tl.load(weight + c, mask=some, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset
 
 
 # fmt: off
@@ -83,7 +79,8 @@ def _fwd(
     """out = (s - mean) rstd (weight + offset) + bias of BR whole rows, s = x + residual; rms_norm has no mean and no bias."""
     # fmt: on
     r, c, here = _places(tl.program_id(0), 0, N, C, BR, BC)
-    gain, shift = _gains(weight, bias, offset, c, c < C)
+    gain = None if weight is None else _gain(weight, offset, c, c < C)
+    shift = None if bias is None else _gain(bias, 0.0, c, c < C)
     i_residual = None if residual is None else residual + row_offset(r, n1, n2, r0, r1, r2) + c
     i_total = None if total is None else total + row_offset(r, n1, n2, t0, t1, t2) + c
     s = _summed(x + row_offset(r, n1, n2, x0, x1, x2) + c, i_residual, i_total, here)
@@ -142,7 +139,8 @@ def _fwd_long(
     again = x if total is None else total
     for start in range(0, C, BC):
         c = start + tl.arange(0, BC)
-        gain, shift = _gains(weight, bias, offset, c, c < C)
+        gain = None if weight is None else _gain(weight, offset, c, c < C)
+        shift = None if bias is None else _gain(bias, 0.0, c, c < C)
         s = tl.load(again + c, mask=c < C, other=0.0).to(tl.float32)
         y = _normed(s, m, inverse, gain, shift, CENTRED)
         tl.store(out + c, y.to(out.dtype.element_ty), mask=c < C)
@@ -177,7 +175,7 @@ def _row_sums(
     for start in range(0, C, BC):
         c = start + tl.arange(0, BC)
         here = c < C
-        gain, _ = _gains(weight, None, offset, c, here)
+        gain = None if weight is None else _gain(weight, offset, c, here)
         d, v = tl.load(dout + c, mask=here, other=0.0), tl.load(x + c, mask=here, other=0.0)
         d, v, h = _terms(d, v, gain, m, inverse, here, CENTRED)
         hx += h * v
@@ -204,7 +202,7 @@ def _bwd(
     # fmt: on
     group, start = tl.program_id(0), tl.program_id(1) * BC
     _, c, _ = _places(group, start, N, C, BR, BC)
-    gain, _ = _gains(weight, None, offset, c, c < C)
+    gain = None if weight is None else _gain(weight, offset, c, c < C)
     dweight = tl.zeros((BR, BC), tl.float32)
     dbias = tl.zeros((BR, BC), tl.float32)
     for block in tl.range(group, tl.cdiv(N, BR), tl.num_programs(0), num_stages=STAGES):
@@ -289,6 +287,19 @@ def _forward(x, residual, weight, bias, eps: float, offset: float, out, total, m
         _over(launch, x, out, residual, total, _column(mean, x), _column(rstd, x))
 
 
+def _add_up(partials: list[Tensor], gains: list[Tensor], C: int) -> None:
+    """gains = the sums over the rows of partials, one for each launch; without rows they are 0."""
+    if not partials:
+        for gain in gains:
+            gain.zero_()
+        return
+    partial = partials[0] if len(partials) == 1 else torch.cat(partials)
+    groups, width = partial.shape
+    BC = min(256, max(32, next_power_of_2(width // 256)))
+    second = gains[1] if len(gains) == 2 else None
+    _total[(triton.cdiv(width, BC),)](partial, gains[0], second, groups, C, width, 2048 // BC, BC, num_warps=4)
+
+
 def _backward(dout, x, weight, mean, rstd, dsum, offset: float, dx, dweight, dbias, centred: bool) -> None:
     C = x.shape[-1]
     gains = [g for g in (dweight, dbias) if g is not None]
@@ -321,68 +332,33 @@ def _backward(dout, x, weight, mean, rstd, dsum, offset: float, dx, dweight, dbi
 
     if C:
         _over(launch, x, dout, dx, dsum, _column(mean, x), _column(rstd, x))
-    if not partials:
-        for gain in gains:
-            gain.zero_()
-    elif gains:
-        partial = partials[0] if len(partials) == 1 else torch.cat(partials)
-        groups, width = partial.shape
-        second = gains[1] if len(gains) == 2 else None
-        BC = min(256, max(32, next_power_of_2(width // 256)))
-        _total[(triton.cdiv(width, BC),)](partial, gains[0], second, groups, C, width, 2048 // BC, BC, num_warps=4)
+    _add_up(partials, gains, C)
 
 
+# fmt: off
 def rms_norm_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    offset: float,
-    out: Tensor,
-    sum: Tensor | None,
-    rstd: Tensor | None,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float,
+    out: Tensor, sum: Tensor | None, rstd: Tensor | None,
 ) -> None:
     _forward(x, residual, weight, None, eps, offset, out, sum, None, rstd, False)
 
 
 def rms_norm_bwd(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    dsum: Tensor | None,
-    offset: float,
-    dx: Tensor,
-    dweight: Tensor | None,
+    dout: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, dsum: Tensor | None, offset: float,
+    dx: Tensor, dweight: Tensor | None,
 ) -> None:
     _backward(dout, x, weight, None, rstd, dsum, offset, dx, dweight, None, False)
 
 
 def layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    offset: float,
-    out: Tensor,
-    sum: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float,
+    out: Tensor, sum: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
 ) -> None:
     _forward(x, residual, weight, bias, eps, offset, out, sum, mean, rstd, True)
 
 
 def layer_norm_bwd(
-    dout: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dsum: Tensor | None,
-    offset: float,
-    dx: Tensor,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
+    dout: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dsum: Tensor | None, offset: float,
+    dx: Tensor, dweight: Tensor | None, dbias: Tensor | None,
 ) -> None:
     _backward(dout, x, weight, mean, rstd, dsum, offset, dx, dweight, dbias, True)

@@ -106,7 +106,7 @@ def rotary(
         *(x, cos, sin, positions, out, B * T, T, H, length),
         *(*x.stride()[:3], *out.stride()[:3], p0, p1),
         *(cos.stride(0), sin.stride(0), half, rest, interleaved, conjugate),
-        *(BT, BH, BC, min(next_power_of_2(rest), 4 * BC)),
+        *(BT, BH, BC, min(next_power_of_2(rest), 2 * BC)),
         num_warps=WARPS,
         sanitize_overflow=False,
     )
