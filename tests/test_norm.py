@@ -4,7 +4,9 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
+    INTERPRETED,
     assert_bitwise_repeatable,
+    assert_close,
     assert_compiles,
     assert_refuses_double_backward,
     check_op,
@@ -21,10 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import palm_kernels as pk
+from palm_kernels import dispatch
 
 NORMS = ["rms_norm", "layer_norm"]
 # empty, no columns, one row, short rows, tails of every vector width, several chunks, long rows
-SHAPES = [(0, 8), (3, 0), (16,), (1, 1), (40, 3), (2, 129, 33), (1100, 5), (40, 130), (3, 18_432), (5, 2, 3, 64)]
+SHAPES = [(0, 8), (3, 0), (16,), (1, 1), (40, 3), (2, 129, 33), (1100, 5), (40, 130), (5, 2, 3, 64)]
+SHAPES += [(1, 18_432), (1, 9_001)] if INTERPRETED else [(3, 18_432), (2, 9_001)]
 both = pytest.mark.parametrize("norm", NORMS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
@@ -76,13 +80,17 @@ def test_strides(norm, dtype):
     check_op(norm, x.detach().transpose(0, 2).requires_grad_(), randn(4, dtype=dtype))
     check_op(norm, x.detach()[:, :1, :].expand(4, 6, 10).requires_grad_(), weight)
     check_op(norm, permuted(wide(x)), randn(20, dtype=dtype).detach()[::2].requires_grad_())
+    x = randn(2, 3, 2, 3, 2, 5, dtype=dtype)
+    check_op(norm, permuted(x), randn(5, dtype=dtype), residual=wide(x))
 
 
+@pytest.mark.kernel
 @both
 def test_stride_beyond_32_bits(norm):
     check_op(norm, far_rows(2, 8).requires_grad_(), randn(8, dtype=torch.bfloat16))
 
 
+@pytest.mark.kernel
 @given(
     norm=st.sampled_from(NORMS),
     shape=st.lists(st.integers(0, 9), min_size=0, max_size=3),
@@ -116,6 +124,16 @@ def test_mean_far_above_deviation(norm, dtype):
 
 @pytest.mark.kernel
 @both
+def test_long_rows_that_begin_far_from_their_mean(norm):
+    """Beyond what stays in registers the variance is taken about the mean of a row's first piece."""
+    x = randn(2, 20_000, grad=False)
+    x[0, 4096:] += 1e4
+    x[1] += 3e4
+    check_op(norm, x.requires_grad_(), randn(20_000))
+
+
+@pytest.mark.kernel
+@both
 @every_dtype
 def test_extreme_values(norm, dtype):
     """Large and tiny rows, and rows with an infinity or a NaN, beside an ordinary one that they must not touch."""
@@ -127,7 +145,8 @@ def test_extreme_values(norm, dtype):
     for row in x:
         check_op(norm, row.clone(), randn(33, dtype=dtype, grad=False))
     whole = run(getattr(pk, norm), (x, None), {})[0][0]
-    assert torch.equal(whole[4], getattr(pk, norm)(x[4], None))
+    alone = getattr(pk, norm)(x[4], None)
+    assert_close(whole[4], alone, alone, dtype)  # not bit for bit: on a GPU sums run in an order that alignment decides
     finite = x[[0, 1, 4, 5]].requires_grad_()
     check_op(norm, finite, None)
 
@@ -141,6 +160,7 @@ def test_gradcheck(norm):
     gradcheck(norm, wide(x), None)
 
 
+@pytest.mark.kernel
 @both
 def test_gradient_of_either_output_alone(norm):
     x, residual, weight = randn(3, 7), randn(3, 7), randn(7)
@@ -161,11 +181,13 @@ def test_repeatable(norm, shape):
     assert_bitwise_repeatable(norm, *args, residual=randn(*shape), **options(norm, shape[-1], torch.float32))
 
 
+@pytest.mark.kernel
 @both
 def test_many_rows_of_one_column_sum_accurately(norm):
-    check_op(norm, randn(300_000, 2), randn(2), **options(norm, 2, torch.float32))
+    check_op(norm, randn(30_000 if INTERPRETED else 300_000, 2), randn(2), **options(norm, 2, torch.float32))
 
 
+@pytest.mark.kernel
 @both
 def test_same_tensor_twice_and_retain_graph(norm):
     x, weight = randn(4, 9), randn(9)
@@ -176,11 +198,12 @@ def test_same_tensor_twice_and_retain_graph(norm):
     assert all(map(torch.equal, first, torch.autograd.grad(out.sum(), (x, weight))))
 
 
+@pytest.mark.kernel
 @both
 @every_dtype
 def test_backend_functions(norm, dtype):
     """What parallel_block calls: statistics written, strided dx, dsum added before rounding, dx over dout's or dsum's memory."""
-    ops, layer = torch.ops.palm_kernels_cpu, norm == "layer_norm"
+    layer = norm == "layer_norm"
     x, dout, dsum = (wide(randn(2, 20, 37, dtype=dtype, grad=False)) for _ in range(3))
     weight = randn(37, dtype=dtype, grad=False)
     wanted = run(getattr(pk, norm), (x.requires_grad_(), weight.requires_grad_()), {}, [dout])
@@ -190,23 +213,25 @@ def test_backend_functions(norm, dtype):
     out = wide(torch.empty_like(x))
     absent = (None, weight, None) if layer else (None, weight)
     eps = 1e-5 if layer else 1e-6
-    getattr(ops, f"{norm}_fwd")(x, *absent, eps, 0.0, out, None, *stats)
-    assert torch.equal(out, wanted[0][0])
+    forward, backward = (dispatch.select("norm", f"{norm}_{way}", x.device, dtype) for way in ("fwd", "bwd"))
+    forward(x, *absent, eps, 0.0, out, None, *stats)
+    assert_close(out, wanted[0][0], wanted[0][0], dtype)
     s = x.reshape(40, 37).double()
     centred = s - s.mean(-1, keepdim=True) if layer else s
     torch.testing.assert_close(stats[-1].double(), (centred.square().mean(-1) + eps).rsqrt(), rtol=1e-5, atol=0)
     if layer:
         torch.testing.assert_close(stats[0].double(), s.mean(-1), rtol=1e-5, atol=1e-6)
-    backward, rest = getattr(ops, f"{norm}_bwd"), (None,) if layer else ()
+    rest = (None,) if layer else ()
     dx, dweight = wide(torch.empty_like(x)), torch.empty_like(weight)
     backward(dout, x, weight, *stats, None, 0.0, dx, dweight, *rest)
-    assert torch.equal(dx, wanted[1][0]) and torch.equal(dweight, wanted[1][1])
+    for ours, theirs in ((dx, wanted[1][0]), (dweight, wanted[1][1])):
+        assert_close(ours, theirs, theirs, dtype)
     backward(dout, x, weight, *stats, dsum, 0.0, dx, None, *rest)
     assert (dx.double() - wanted[1][0].double() - dsum.double()).abs().max() <= 16 * torch.finfo(dtype).eps
     for place in range(2):
         inputs = [dout.clone(), dsum.clone()]
         backward(inputs[0], x, weight, *stats, inputs[1], 0.0, inputs[place], None, *rest)
-        assert torch.equal(inputs[place], dx)
+        assert_close(inputs[place], dx, dx, dtype)
 
 
 def test_registration():
@@ -290,6 +315,7 @@ def test_stored_sum_is_rounded_to_nearest_even(dtype):
     assert torch.equal(total[compared], want[compared]) and torch.equal(total.isnan(), want.isnan())
 
 
+@pytest.mark.kernel
 def test_rows_of_two_far_from_zero():
     """What rounding leaves of the mean is a large share of a row of two: it is taken out of the gradient too."""
     x = (randn(400, 2, grad=False) + 100).requires_grad_()

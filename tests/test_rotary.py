@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
+    INTERPRETED,
     assert_bitwise_repeatable,
     assert_compiles,
     assert_refuses_double_backward,
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import palm_kernels as pk
+from palm_kernels import dispatch
 
 # empty batch, no tokens, no heads, one of everything, an odd rest, tails of every vector width, one head without its dimension
 SHAPES = [
@@ -77,11 +79,13 @@ def test_strides(dtype, interleaved):
     check_op("rotary", wide(randn(2, 6, 10, dtype=dtype)), cos[:1].expand(6, 5), sin, interleaved=interleaved)
 
 
+@pytest.mark.kernel
 def test_stride_beyond_32_bits():
     check_op("rotary", far_rows(2, 8)[None].requires_grad_(), *tables(2, 4))
     check_op("rotary", far_rows(2, 8)[None, None].requires_grad_(), *tables(1, 4))
 
 
+@pytest.mark.kernel
 @given(
     shape=st.lists(st.integers(0, 6), min_size=2, max_size=3),
     D=st.integers(0, 70),
@@ -99,11 +103,13 @@ def test_any_shape_and_stride(shape, D, rest, dtype, layout, interleaved, positi
     check_op("rotary", x, *tables(length, D // 2, dtype), positions=positions, interleaved=interleaved)
 
 
+@pytest.mark.kernel
 @pairing
 @every_dtype
 def test_backend_function_in_place(dtype, interleaved):
     """parallel_block turns q and k inside its fused projection, and turns dq and dk back there."""
-    kernel, buffer = torch.ops.palm_kernels_cpu.rotary, randn(2, 5, 100, dtype=dtype, grad=False)
+    buffer = randn(2, 5, 100, dtype=dtype, grad=False)
+    kernel = dispatch.select("rotary", "rotary", buffer.device, dtype)
     before = buffer.clone()
     for half in (9, 11):
         for view, copy in (
@@ -112,7 +118,7 @@ def test_backend_function_in_place(dtype, interleaved):
         ):
             cos, sin = tables(5, half, dtype)
             wanted = pk.rotary(copy, cos, sin, interleaved=interleaved)
-            assert kernel(view, cos, sin, None, interleaved, False, view) == -1
+            assert kernel(view, cos, sin, None, interleaved, False, view) in (None, -1)
             assert torch.equal(view, wanted)
             back = torch.ops.palm_kernels.rotary(wanted, cos, sin, None, interleaved, True)
             kernel(view, cos, sin, None, interleaved, True, view)
@@ -122,6 +128,7 @@ def test_backend_function_in_place(dtype, interleaved):
     assert torch.equal(buffer, before)
 
 
+@pytest.mark.kernel
 def test_never_aliases():
     x, cos_sin = randn(1, 4, 2, 6, grad=False), tables(4, 0)
     out = pk.rotary(x, *cos_sin)
@@ -163,6 +170,7 @@ def test_tables():
         pk.rotary_tables(4, 3)
 
 
+@pytest.mark.kernel
 def test_interleaved_is_a_permutation_of_halves():
     x, cos_sin = randn(2, 5, 3, 16, grad=False), tables(5, 8)
     order = torch.cat((torch.arange(0, 16, 2), torch.arange(1, 16, 2)))
@@ -202,6 +210,7 @@ def test_autocast_and_reference_backend():
         assert torch.equal(pk.rotary(x, cos, sin), pk.reference.rotary(x, cos, sin))
 
 
+@pytest.mark.kernel
 def test_retain_graph_and_double_backward():
     x, cos_sin = randn(2, 4, 3, 8), tables(4, 4)
     out = pk.rotary(x, *cos_sin)
@@ -217,6 +226,15 @@ def test_bad_positions(kind):
         pk.rotary(x, *cos_sin, positions=torch.tensor([4, 5, -1], dtype=kind))
     with pytest.raises(ValueError, match=r"rotary: positions\[1, 2\] is -1"):
         pk.rotary(x, *cos_sin, positions=torch.tensor([[0, 1, 2], [0, 1, -1]], dtype=kind))
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not INTERPRETED, reason="a device assertion ends a CUDA context, the CPU raises ValueError")
+@pytest.mark.parametrize("bad", [-1, 5])
+def test_bad_positions_are_asserted(bad):
+    x, cos_sin = torch.ones(2, 3, 2, 8), tables(5, 4)
+    with pytest.raises(Exception, match="rotary: every position must be a row of cos and sin"):
+        pk.rotary(x, *cos_sin, positions=torch.tensor([4, bad, 0]))
 
 
 def test_errors():

@@ -42,7 +42,7 @@ def next_power_of_2(n: int) -> int:
 def leading(*tensors: Tensor) -> tuple[list[int], list[list[int]]]:
     """Sizes of the leading dimensions of tensors of one leading shape, and strides per tensor, merged as far as all of them allow.
 
-    Sizes has at least MAX_LEADING entries (1s in front).
+    Sizes has at least MAX_LEADING entries (1s at the end).
     """
     sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in tensors]
@@ -58,7 +58,7 @@ def leading(*tensors: Tensor) -> tuple[list[int], list[list[int]]]:
             for s, t in zip(strides, tensors, strict=True):
                 s.append(t.stride(i))
     missing = max(0, MAX_LEADING - len(sizes))
-    return [1] * missing + sizes, [[0] * missing + s for s in strides]
+    return sizes + [1] * missing, [s + [0] * missing for s in strides]
 
 
 def over_rows(launch, *tensors: Tensor) -> None:
