@@ -70,7 +70,8 @@ def write(kernels: list[Kernel], command: str) -> None:
         f"{triton.__version__}, ptxas {ptxas}. Registers a thread; stack and shared memory in bytes; spills, MMA and 16-byte "
         f"accesses are instructions in the code. tests/aot/README.md says how to read it.\n\n{table}\n"
     )
-    lines = ",\n".join(json.dumps(dataclasses.asdict(k) | {"blocks": k.blocks}) for k in kernels)
+    entries = ({**dataclasses.asdict(k), "blocks": k.blocks, "occupancy": k.occupancy} for k in kernels)
+    lines = ",\n".join(json.dumps({key: v for key, v in entry.items() if key != "hash"}) for entry in entries)
     path.with_name(f"{path.name}.json").write_text(f'{{"facts": {json.dumps(facts)},\n"kernels": [\n{lines}\n]}}\n')
     print(f"{len(kernels)} kernels in {path.relative_to(ROOT)}.md and .json")
 
