@@ -11,7 +11,7 @@ import sys
 
 import torch
 import triton
-from cases import CASES
+from launches import CASES
 from compiler import ARCHS, ROOT, Kernel, compile_launches
 from triton.backends.nvidia.compiler import get_ptxas_version
 

@@ -1,4 +1,4 @@
-"""The kernels of `cases.QUICK`, compiled for sm_80 and sm_90, keep their budgets; broken kernels are seen to break them."""
+"""The kernels of `launches.QUICK`, compiled for sm_80 and sm_90, keep their budgets; broken kernels are seen to break them."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)
 
 import broken
-from cases import CASES, QUICK, STEM_OF
+from launches import CASES, QUICK, STEM_OF
 from compiler import ARCHS, compile_launches, count_launches
 
 MOST_KERNELS = 120
