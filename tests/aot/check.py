@@ -11,8 +11,8 @@ import sys
 
 import torch
 import triton
-from launches import CASES
 from compiler import ARCHS, ROOT, Kernel, compile_launches
+from launches import CASES
 from triton.backends.nvidia.compiler import get_ptxas_version
 
 RESULTS = ROOT / "benchmarks/results/triton-resources"

@@ -9,8 +9,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)
 
 import broken
-from launches import CASES, QUICK, STEM_OF
 from compiler import ARCHS, compile_launches, count_launches
+from launches import CASES, QUICK, STEM_OF
 
 MOST_KERNELS = 120
 
