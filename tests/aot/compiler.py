@@ -76,7 +76,9 @@ class Kernel:
     shared: int
     dots: int  # products that the source asks for
     wgmma_dots: int  # those that sm_90 has a warpgroup instruction for: 16-bit, at least 64 rows
-    tile_loads: int  # 16-byte accesses a thread of the source's tiles that hold at least as much: a value a row is free
+    tile_loads: (
+        int  # 16-byte accesses a thread of the source's floating-point tiles: a value a row and indices are free
+    )
     tile_stores: int
     wide_loads: int  # 16-byte accesses in the code, from global memory to registers or shared memory
     wide_stores: int
@@ -131,7 +133,7 @@ def _tool(name: str, *options: str, cubin: bytes) -> str:
 
 def _tile_accesses(ttir: str, access: str, threads: int) -> int:
     total = 0
-    for sizes, bits in re.findall(rf"tt\.{access} .*: tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", ttir):
+    for sizes, bits in re.findall(rf"tt\.{access} .*: tensor<((?:\d+x)+)!tt\.ptr<b?f(\d+)>", ttir):
         total += math.prod(map(int, sizes.rstrip("x").split("x"))) * int(bits) // (128 * threads)
     return total
 
