@@ -205,6 +205,7 @@ QUICK = (  # in `make test`: the forms that models run most, and those with the 
     "rotary fp32 D=128 half=32 conjugate",
     "soft_weak_embedding_fwd bf16 C=4096 mask sources preserving",
     "soft_weak_embedding_bwd bf16 C=4096 mask sources preserving",
+    "soft_weak_embedding_bwd bf16 C=128 preserving",
     "swiglu_fwd bf16 block",
     "swiglu_bwd bf16 block",
     "swiglu_bwd fp32 F=192",
