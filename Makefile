@@ -1,16 +1,18 @@
 # Each target sets up .venv and builds the kernels by itself where needed; ARGS passes options on.
 TORCH ?= torch==2.13.0
 PY := .venv/bin/python
+TRITON ?=
 GPU_PY ?= $(or $(wildcard $(PY)),python3)
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help setup build test lint format gpu-check ner bench wheel clean
+.PHONY: help setup build test lint format triton-check gpu-check ner bench wheel clean
 help:
 	@echo "make setup    .venv with $(TORCH), all extras, the kernels built in place"
 	@echo "make build    the kernels alone, after a change in csrc (ninja, incremental)"
 	@echo "make test     every test;  ARGS='tests/test_swiglu.py -k stride' for some"
 	@echo "make lint     ruff, clang-format, pyright;  make format writes"
 	@echo "make gpu-check PART=tests|sanitize|speed  on a GPU, with GPU_PY as it is (.venv's python, else python3); all parts by default"
+	@echo "make triton-check  every Triton kernel compiled for sm_80 and sm_90, a table;  TRITON=3.6.0 in an environment of its own"
 	@echo "make ner      the example: fine-tune on named entities;  ARGS='--data DIR'"
 	@echo "make bench    benchmarks.report;  ARGS='--quick'"
 	@echo "make wheel    dist/*.whl, tested from an empty directory"
@@ -38,6 +40,14 @@ format: setup
 	.venv/bin/clang-format -i $(NATIVE)
 gpu-check:
 	$(GPU_PY) -m benchmarks.gpu_check $(PART) $(ARGS)
+triton-check: setup $(TRITON:%=build/triton-%/ready)
+	PYTHONPATH=. TRITON=$(TRITON) $(or $(TRITON:%=build/triton-%/bin/python),$(PY)) tests/aot/check.py $(ARGS)
+	$(if $(TRITON),build/triton-$(TRITON)/bin/python -m pytest -n 2 tests/interpreter)
+build/triton-%/ready: | .venv/ready
+	$(PY) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q "triton==$*" "numpy<2.4"
+	for site in $(@D)/lib/python*/site-packages; do ls -d $(CURDIR)/.venv/lib/python*/site-packages > $$site/venv.pth; done
+	touch $@
 ner: setup
 	$(PY) -m examples.ner.train $(ARGS)
 bench: setup
