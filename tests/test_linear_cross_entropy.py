@@ -34,8 +34,15 @@ REDUCTIONS = ["none", "mean", "sum"]
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 4 rows, so that a few rows already make several, the last one shorter."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(module, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(module, "CHUNKS", {"cpu": (1, 4), "cuda": (1, 4)})
+
+
+@pytest.fixture(params=["by data", "by shape"])
+def rows(request, monkeypatch):
+    """Both ways to find the rows that count, whatever the device: with a look at the data, and without (CUDA)."""
+    choose = module._rows_by_data if request.param == "by data" else module._rows_by_shape
+    monkeypatch.setattr(module, "_which_rows", choose)
+    return request.param
 
 
 def operands(shape, C, V, dtype=torch.float32, bias=True):
@@ -68,12 +75,14 @@ def test_several_chunks(dtype, reduction, ignored, small_chunks):
 
 
 def test_chunk_sizes():
-    """Tens of MB of logits, never fewer than 128 rows where there are 128, nearly equal chunks."""
+    """Tens (CUDA: hundreds) of MB of logits, never fewer than 128 (2048) rows where there are as many, nearly equal chunks."""
     assert module._chunk_rows(8192, 256_000, 4) == 128
     assert module._chunk_rows(8192, 32_000, 4) == 256
     assert module._chunk_rows(300, 32_000, 4) == 150
     assert module._chunk_rows(5000, 9, 4) == 5000
     assert module._chunk_rows(0, 9, 4) == 0
+    assert module._chunk_rows(16384, 128_000, 2, "cuda") == 2048
+    assert module._chunk_rows(16384, 32_000, 2, "cuda") == 8192
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
