@@ -13,9 +13,13 @@ from .common import next_power_of_2, over_rows, row_offset
 
 BLOCK = 4096  # logits a program and step: 16 a thread, 32 bytes of 16-bit logits in flight in each
 WARPS = 8
-LONG_BLOCK = 16384  # rows that are read twice: one program with all of a multiprocessor's threads, so that the rows under way
+LONG_BLOCK = (
+    16384  # rows that are read twice: one program with all of a multiprocessor's threads, so that the rows under way
+)
 LONG_WARPS = 32  # at one time (132 of 256 KB on an H100) are still in the second cache when they are read again
 SUM_BLOCK = 4096  # rows a program that adds row terms up
+# z = logit_scale x rounds alike wherever it is used, so that it cancels in lse - z_y and in exp(z_y - lse): no fused multiply-add.
+OPTIONS = {"sanitize_overflow": False, "enable_fp_fusion": False}
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 # exp gives a subnormal number below this. As on the CPU such probabilities are 0: a GEMM over subnormal numbers can be slow.
 LOWEST: tl.constexpr = tl.constexpr(-87.33)
@@ -225,7 +229,7 @@ def _run_rows(logits, target, weight, token_weight, dloss, options, gradient, lo
             x, v["target"], v.get("t"), v.get("d"), weight, total, v["loss"], v["z"], v.get("w"), v.get("lse"),
             rows, V, *sizes[1:], *strides[0], ignore_index, label_smoothing, z_loss, logit_scale,
             HAS_T="t" in v, HAS_W=weight is not None, SMOOTH=label_smoothing != 0, Z=z_loss != 0, HAS_D="d" in v,
-            LSE="lse" in v, GRAD=gradient, BR=BR, BL=columns // U, U=U, num_warps=warps, sanitize_overflow=False,
+            LSE="lse" in v, GRAD=gradient, BR=BR, BL=columns // U, U=U, num_warps=warps, **OPTIONS,
         )
         # fmt: on
 
@@ -275,7 +279,7 @@ def cross_entropy_bwd(
             x, dx, y, rest[0] if rest else None, d, e, weight, total, scale, rows, V, *sizes[1:], *strides[0], *strides[1],
             0 if one else 1, ignore_index, label_smoothing, z_loss, logit_scale,
             HAS_T=token_weight is not None, HAS_W=weight is not None, SMOOTH=label_smoothing != 0, Z=z_loss != 0,
-            BR=BR, BV=BV, num_warps=WARPS, sanitize_overflow=False,
+            BR=BR, BV=BV, num_warps=WARPS, **OPTIONS,
         )
         # fmt: on
 

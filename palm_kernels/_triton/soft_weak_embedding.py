@@ -16,7 +16,9 @@ from .common import MAX_LEADING, leading, next_power_of_2, row_offset
 BLOCK = 4096  # elements a program: 16 bytes a thread and load at 8 warps and 16 bits, twice
 WARPS = 8
 PIECE = 256  # entries a piece; segments of more are summed by pieces
-AT_ONCE = 4  # entries (or pieces) that are read side by side: their rows are far apart, each read waits for memory
+AT_ONCE = (
+    4  # entries (or pieces) at least that are read side by side: their rows are far apart, each read waits for memory
+)
 KEYS = 1024  # tokens a program that makes keys
 
 
@@ -147,14 +149,14 @@ def _pieces(
 # fmt: off
 @triton.jit
 def _segments(
-    dout, strength, order, starts, sums, dweight, dmask, C, n1, n2, d0, d1, d2, rows, first_row,
+    dout, strength, order, starts, sums, dweight, dmask, C, n1, n2, d0, d1, d2, rows,
     PRESERVING: tl.constexpr, PIECE: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
 ):
     """dweight[row] (dmask for row = rows) = the sum of its segment, in order; 0 where it is empty."""
     # fmt: on
     tiles = tl.cdiv(C, BC)
     pid = tl.program_id(0).to(tl.int64)
-    row = pid // tiles + first_row
+    row = pid // tiles
     c = ((pid % tiles).to(tl.int32) * BC + tl.arange(0, BC))[None, :]
     begin, end = tl.load(starts + row), tl.load(starts + row + 1)
     if end - begin > PIECE:
@@ -178,7 +180,7 @@ def _slope(
     dout, ids, weight, strength, mask, sources, dstrength, N, C, vocab, w0, n1, n2, d0, d1, d2,
     HAS_SOURCES: tl.constexpr, HAS_MASK: tl.constexpr, PRESERVING: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):
-    """dstrength = r dout.(c - E) + r' dout.u, u = (1-a) E + a c, r' = (1-2a) r^3.
+    """dstrength = dout.(r (c - E) + r' u), u = (1-a) E + a c, r' = (1-2a) r^3.
 
     At 0 and 1 what is not finite counts as 0: forward did not read the side it comes from.
     """
@@ -186,25 +188,23 @@ def _slope(
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     id, source, a, good = _token(r, N, vocab, ids, strength, sources, HAS_SOURCES)
     x = dout + row_offset(r, n1, n2, d0, d1, d2)[:, None]
-    edge = ((a == 0) | (a == 1))[:, None]
-    along, across = tl.zeros((BR, BC), tl.float32), tl.zeros((BR, BC), tl.float32)
+    edge, a_ = ((a == 0) | (a == 1))[:, None], a[:, None]
+    scale = _scale(a_, PRESERVING)
+    turn = (1 - 2 * a_) * scale * scale * scale
+    total = tl.zeros((BR, BC), tl.float32)
     for start in range(0, C, BC):
         c = (start + tl.arange(0, BC))[None, :]
         here = good[:, None] & (c < C)
         g = tl.load(x + c, mask=here, other=0.0).to(tl.float32)
         e = tl.load(weight + id[:, None] * w0 + c, mask=here, other=0.0).to(tl.float32)
         s = _source(weight, mask, source[:, None], w0, c, here, HAS_SOURCES, HAS_MASK).to(tl.float32)
-        difference = s - e
-        difference = tl.where(edge & (difference - difference != 0), 0.0, difference)
-        along += g * difference
+        slope = s - e
+        slope = tl.where(edge & (slope - slope != 0), 0.0, slope)
         if PRESERVING:
-            u = (1 - a[:, None]) * e + a[:, None] * s
-            u = tl.where(edge, tl.where(a[:, None] == 0, e, s), u)
-            across += g * tl.where(edge & (u - u != 0), 0.0, u)
-    scale = _scale(a, PRESERVING)
-    value = scale * tl.sum(along, 1)
-    if PRESERVING:
-        value += (1 - 2 * a) * scale * scale * scale * tl.sum(across, 1)
+            u = tl.where(a_ == 0, e, tl.where(a_ == 1, s, (1 - a_) * e + a_ * s))
+            slope = scale * slope + turn * tl.where(edge & (u - u != 0), 0.0, u)
+        total += g * slope
+    value = tl.sum(total, 1)
     tl.store(dstrength + r, value, mask=r < N)
 
 
@@ -249,12 +249,16 @@ def _row_gradients(dout, walk, ids, strength, source_ids, preserving, vocab, dwe
     keys, order = keys.sort(stable=True)
     starts = torch.searchsorted(keys, torch.arange(rows + 2, dtype=torch.int32, device=dout.device))
     BC = _columns(C, BLOCK // AT_ONCE)
-    tiles, pieces = triton.cdiv(C, BC), triton.cdiv(2 * N, PIECE)
+    tiles, pieces, count = triton.cdiv(C, BC), triton.cdiv(2 * N, PIECE), rows + (dmask is not None)
     sums = torch.empty(pieces, 2, C, dtype=torch.float32, device=dout.device)
-    shape = {"PRESERVING": preserving, "PIECE": PIECE, "BK": AT_ONCE, "BC": BC, "num_warps": max(1, WARPS * BC // 1024)}
-    _pieces[pieces * tiles,](dout, strength, order, keys, starts, sums, 2 * N, C, *walk, rows, **shape)
-    count = rows + (dmask is not None)
-    _segments[count * tiles,](dout, strength, order, starts, sums, dweight, dmask, C, *walk, rows, 0, **shape)
+
+    def shape(elements):
+        BK = max(AT_ONCE, min(PIECE, elements // BC))
+        return {"PRESERVING": preserving, "PIECE": PIECE, "BK": BK, "BC": BC, "num_warps": max(1, BK * BC // 1024)}
+
+    _pieces[pieces * tiles,](dout, strength, order, keys, starts, sums, 2 * N, C, *walk, rows, **shape(BLOCK))
+    # most segments are short: of many narrow columns fewer entries at once
+    _segments[count * tiles,](dout, strength, order, starts, sums, dweight, dmask, C, *walk, rows, **shape(BLOCK // 4))
 
 
 # fmt: off

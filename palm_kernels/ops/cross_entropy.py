@@ -344,13 +344,14 @@ def linear_cross_entropy(
     """cross_entropy(hidden linear_weight^T + linear_bias, target), never holding more than a chunk of logits.
 
     hidden: [..., C], linear_weight: [V, C], linear_bias: [V], one dtype: float32, bfloat16, float16 (float64 on the CPU). target,
-    weight, token_weight, the other options and the result: as cross_entropy. Ignored rows are never read and, on the CPU, cost
-    nothing. The logits are rounded to hidden's dtype, the gradients of linear_weight and linear_bias summed in float32 (float64).
+    weight, token_weight, the other options and the result: as cross_entropy. Ignored rows are never read; on the CPU they cost
+    nothing, on CUDA as much as kept ones, unless max_kept is given: then that many rows are multiplied. The logits are rounded to
+    hidden's dtype, the gradients of linear_weight and linear_bias summed in float32 (float64).
     For "mean" and "sum" forward makes the gradients and keeps them (dweight in float32) for the first backward, which empties them;
     another one computes them again, to the same bits. max_kept: no more rows than this are kept.
     Under autocast hidden, linear_weight and linear_bias are cast; the loss stays float32.
-    Raises ValueError for shapes, devices, a target outside [0, V) that is not ignore_index, more than max_kept kept rows (CPU),
-    TypeError for dtypes.
+    Raises ValueError for shapes, devices, a target outside [0, V) that is not ignore_index, more than max_kept kept rows (CUDA: these
+    two are assertions on the device), TypeError for dtypes.
     """
     op = "linear_cross_entropy"
     hidden, linear_weight, linear_bias = autocast(hidden, linear_weight, linear_bias)
