@@ -165,13 +165,13 @@ def _segments(
             p = k + tl.arange(0, BK)[:, None]
             slot = 2 * p + (begin > p * PIECE).to(tl.int64)
             total += tl.load(sums + slot * C + c, mask=(p <= (end - 1) // PIECE) & (c < C), other=0.0)
-        sum = tl.sum(total, 0)
+        value = tl.sum(total, 0)
     else:
-        sum = _sum_entries(dout, strength, order, begin, end, c, C, n1, n2, d0, d1, d2, PRESERVING, BK, BC)
+        value = _sum_entries(dout, strength, order, begin, end, c, C, n1, n2, d0, d1, d2, PRESERVING, BK, BC)
     if row == rows:
-        tl.store(dmask + c, sum[None, :].to(dmask.dtype.element_ty), mask=c < C)
+        tl.store(dmask + c, value[None, :].to(dmask.dtype.element_ty), mask=c < C)
     else:
-        tl.store(dweight + row * C + c, sum[None, :].to(dweight.dtype.element_ty), mask=c < C)
+        tl.store(dweight + row * C + c, value[None, :].to(dweight.dtype.element_ty), mask=c < C)
 
 
 # fmt: off

@@ -150,14 +150,15 @@ def _chunk_rows(kept: int, classes: int, itemsize: int, device: str = "cpu") -> 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool, scratch: Tensor | None) -> None:
     """total (+)= a b; where total is wider than a and b by way of scratch, or by a GEMM that adds to float32 (torch has it on CUDA)."""
-    wider = {"out_dtype": total.dtype} if total.dtype != a.dtype and scratch is None else {}
     if scratch is not None:
         torch.mm(a, b, out=scratch)
         total.copy_(scratch) if first else total.add_(scratch)
+    elif total.dtype == a.dtype:
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
     elif first:
-        torch.mm(a, b, out=total, **wider)
+        torch.mm(a, b, out=total, out_dtype=total.dtype)
     else:
-        torch.addmm(total, a, b, out=total, **wider)
+        torch.addmm(total, a, b, out=total, out_dtype=total.dtype)
 
 
 def _chunks(hidden, linear_weight, linear_bias, kept, ignored, row_inputs, row_outputs, weight, options, grads):
@@ -218,7 +219,7 @@ def _rows_by_shape(target: Tensor, ignore_index: int, max_kept: int | None) -> t
     if max_kept is None or max_kept >= len(ignored):
         return None, ignored[:, None]
     few = (~ignored).sum() <= max_kept
-    torch._assert_async(few, f"linear_cross_entropy: more rows are kept than max_kept = {max_kept}")
+    torch.ops.aten._assert_async.msg(few, f"linear_cross_entropy: more rows are kept than max_kept = {max_kept}")
     kept = ignored.byte().sort(stable=True).indices[:max_kept]
     return kept, ignored.index_select(0, kept)[:, None]
 
