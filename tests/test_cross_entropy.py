@@ -68,6 +68,9 @@ def test_strides(dtype):
         "cross_entropy", x.detach()[:, :1].expand(4, 6, 10).requires_grad_(), y, token_weight=torch.ones(6).expand(4, 6)
     )
     check_op("cross_entropy", x.detach()[:, :-1].requires_grad_(), y[:, 1:])  # the shift of a language model
+    for reduction in ("none", "mean"):  # row vectors of one stride, which is not 1
+        options = {"reduction": reduction, "token_weight": wide(torch.rand(4, 1))}
+        check_op("cross_entropy", wide(x[:, :1]), wide(y[:, :1]), **options)
     check_op("cross_entropy", x, y, weight=torch.rand(20)[::2])
 
 

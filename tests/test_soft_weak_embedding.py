@@ -174,6 +174,10 @@ def test_strides(dtype):
         permuted(strength),
         source_ids=permuted(sources),
     )
+    column = [wide(t.detach()[:, 0, :1]) for t in (ids, strength, sources)]  # [4, 1]: one stride, and not 1
+    check_op(OP, column[0], weight, column[1].requires_grad_(), source_ids=column[2], mask_embedding=mask)
+    one = [t.detach()[0, 0, 0].expand(5) for t in (ids, strength, sources)]
+    check_op(OP, one[0], weight, one[1], source_ids=one[2], mask_embedding=mask)
     same = ids[:1, :, :1].expand(4, 6, 3)
     check_op(
         OP,

@@ -209,7 +209,8 @@ def _slope(
 
 
 def _flat(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.reshape(-1)
+    """One element a token, next to each other (a reshape alone may be a view with a stride)."""
+    return None if t is None else t.reshape(-1).contiguous()
 
 
 def _columns(C: int, block: int) -> int:
