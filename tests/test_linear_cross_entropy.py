@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     DTYPES,
+    INTERPRETED,
     assert_compiles,
     assert_refuses_double_backward,
     check_op,
@@ -34,8 +35,15 @@ REDUCTIONS = ["none", "mean", "sum"]
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 4 rows, so that a few rows already make several, the last one shorter."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(module, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(module, "CHUNKS", {"cpu": (1, 4), "cuda": (1, 4)})
+
+
+@pytest.fixture(params=["by data", "by shape"])
+def rows(request, monkeypatch):
+    """Both ways to find the rows that count, whatever the device: with a look at the data, and without (CUDA)."""
+    choose = module._rows_by_data if request.param == "by data" else module._rows_by_shape
+    monkeypatch.setattr(module, "_which_rows", choose)
+    return request.param
 
 
 def operands(shape, C, V, dtype=torch.float32, bias=True):
@@ -68,14 +76,17 @@ def test_several_chunks(dtype, reduction, ignored, small_chunks):
 
 
 def test_chunk_sizes():
-    """Tens of MB of logits, never fewer than 128 rows where there are 128, nearly equal chunks."""
+    """Tens (CUDA: hundreds) of MB of logits, never fewer than 128 (2048) rows where there are as many, nearly equal chunks."""
     assert module._chunk_rows(8192, 256_000, 4) == 128
     assert module._chunk_rows(8192, 32_000, 4) == 256
     assert module._chunk_rows(300, 32_000, 4) == 150
     assert module._chunk_rows(5000, 9, 4) == 5000
     assert module._chunk_rows(0, 9, 4) == 0
+    assert module._chunk_rows(16384, 128_000, 2, "cuda") == 2048
+    assert module._chunk_rows(16384, 32_000, 2, "cuda") == 8192
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_strides(dtype, small_chunks):
     hidden, weight, bias = operands((4, 6), 10, 12, dtype)
@@ -90,6 +101,7 @@ def test_strides(dtype, small_chunks):
     check_op("linear_cross_entropy", hidden.detach().transpose(0, 1).requires_grad_(), weight, y.t())
 
 
+@pytest.mark.kernel
 @given(
     shape=st.lists(st.integers(0, 6), min_size=0, max_size=3),
     C=st.integers(1, 20),
@@ -122,6 +134,7 @@ def test_gradcheck(reduction, small_chunks):
     gradcheck("linear_cross_entropy", hidden, weight, y, linear_bias=bias, reduction=reduction, **options)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=name_of)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradient_of_some_inputs(wanted, reduction, small_chunks):
@@ -130,6 +143,7 @@ def test_gradient_of_some_inputs(wanted, reduction, small_chunks):
     check_op("linear_cross_entropy", hidden, weight, targets((9,), 11), linear_bias=bias, reduction=reduction)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_gradient_costs_one_gemm(reduction, monkeypatch):
     """Nothing but the losses where no input wants a gradient, or grad is off; for "none" gradients are left to backward."""
@@ -146,6 +160,15 @@ def test_no_gradient_costs_one_gemm(reduction, monkeypatch):
     assert calls[2:] == ([[False] * 3, [True, False, False]] if reduction == "none" else [[True, False, False]])
 
 
+def test_sixteen_bit_products_into_float32():
+    """CUDA's GEMM that adds 16-bit products to a float32 dweight is called as torch wants it (meta tensors: no numbers)."""
+    total = torch.empty(4, 5, device="meta")
+    a, b = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((4, 3), (3, 5)))
+    for first in (True, False):
+        module._add_product(total, a, b, first, None)
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_second_backward(reduction, small_chunks):
     """The first backward hands its buffers over; another one computes the gradients again, to the same bits."""
@@ -162,6 +185,7 @@ def test_second_backward(reduction, small_chunks):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_repeatable(dtype, small_chunks):
     hidden, weight, bias = operands((33,), 24, 50, dtype)
@@ -172,6 +196,7 @@ def test_repeatable(dtype, small_chunks):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.kernel
 def test_small_gradients_of_float16():
     """dhidden is made before the mean divides it and dweight waits in float32: neither underflows ahead of a loss scale."""
     hidden, weight, _ = operands((2048,), 8, 16, torch.float16)
@@ -199,7 +224,7 @@ def test_matches_torch(reduction, options, small_chunks):
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_ignored_rows_are_never_read(dtype, reduction, small_chunks):
+def test_ignored_rows_are_never_read(dtype, reduction, small_chunks, rows):
     hidden, weight, _ = operands((3, 7), 8, 19, dtype)
     y = targets((3, 7), 19)
     hidden = hidden.detach().masked_fill((y == -100)[..., None], torch.nan).requires_grad_()
@@ -210,8 +235,9 @@ def test_ignored_rows_are_never_read(dtype, reduction, small_chunks):
     assert loss.isfinite().all() and dweight.isfinite().all() and (dhidden[y == -100] == 0).all()
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_nothing_kept(reduction):
+def test_nothing_kept(reduction, rows):
     leaves = [torch.full(s, torch.nan, requires_grad=True) for s in ((3, 5), (7, 5), (7,))]
     y = torch.full((3,), -100)
     loss = pk.linear_cross_entropy(leaves[0], leaves[1], y, linear_bias=leaves[2], reduction=reduction)
@@ -219,17 +245,68 @@ def test_nothing_kept(reduction):
     assert all((g == 0).all() for g in torch.autograd.grad(loss.sum(), leaves))
 
 
-def test_max_kept():
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("max_kept", [14, 17, 99])
+def test_max_kept(max_kept, dtype, small_chunks, rows):
+    """Any bound from the number of kept rows on gives the same; NaN in ignored rows, which may fill the places left, goes nowhere."""
+    hidden, weight, bias = operands((3, 7), 16, 33, dtype)
+    y = targets((3, 7), 33)  # 14 kept
+    hidden = hidden.detach().masked_fill((y == -100)[..., None], torch.nan).requires_grad_()
+    for reduction in ("none", "mean"):
+        options = {"linear_bias": bias, "reduction": reduction, "return_z_loss": True, **weights(y, 33, dtype)}
+        check_op("linear_cross_entropy", hidden, weight, y, max_kept=max_kept, z_loss=0.01, **options)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("max_kept", [0, 3])
+def test_max_kept_of_nothing(max_kept, rows):
+    leaves = [torch.full(s, torch.nan, requires_grad=True) for s in ((9, 5), (7, 5))]
+    loss = pk.linear_cross_entropy(*leaves, torch.full((9,), -100), max_kept=max_kept)
+    assert loss.requires_grad and loss == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, leaves))
+
+
+def test_max_kept_errors(rows):
+    """Too many rows: a ValueError on the CPU, an assertion on the device where the host does not look (here torch raises at once)."""
     hidden, weight, _ = operands((9,), 8, 11)
     y = targets((9,), 11)  # 6 kept
-    loss = pk.linear_cross_entropy(hidden, weight, y)
-    assert torch.equal(pk.linear_cross_entropy(hidden, weight, y, max_kept=6), loss)
-    with pytest.raises(ValueError, match="linear_cross_entropy: 6 rows are kept, max_kept is 5"):
+    error, message = {
+        "by data": (ValueError, "linear_cross_entropy: 6 rows are kept, max_kept is 5"),
+        "by shape": (RuntimeError, "linear_cross_entropy: more rows are kept than max_kept = 5"),
+    }[rows]
+    with pytest.raises(error, match=message):
         pk.linear_cross_entropy(hidden, weight, y, max_kept=5)
     with pytest.raises(ValueError, match="max_kept is -1, need 0 or more"):
         pk.linear_cross_entropy(hidden, weight, y, max_kept=-1)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize("max_kept", [None, 6])
+def test_rows_by_shape_need_no_data(max_kept):
+    """Which rows are kept changes no shape: the same call may be captured in a CUDA graph."""
+    for y in (targets((9,), 11), torch.full((9,), -100), torch.randint(11, (9,)).index_fill(0, torch.arange(3), -100)):
+        kept, ignored = module._rows_by_shape(y, -100, max_kept)
+        assert ignored.shape == (max_kept or 9, 1)
+        if kept is None:
+            assert torch.equal(ignored[:, 0], y == -100)
+        else:
+            wanted = (y != -100).nonzero()[:, 0]
+            assert len(kept.unique()) == max_kept and torch.equal(kept[: len(wanted)], wanted)
+            assert torch.equal(ignored[:, 0], y[kept] == -100)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(
+    not INTERPRETED, reason="a ValueError on the CPU; on CUDA an assertion ends the process's use of the device"
+)
+def test_bad_target_is_asserted():
+    hidden, weight, _ = operands((9,), 8, 11)
+    with pytest.raises(Exception, match="need 0 <= target < V"):
+        pk.linear_cross_entropy(hidden, weight, torch.full((9,), 11))
+
+
+@pytest.mark.kernel
 def test_same_tensor_twice():
     x = randn(6, 6)
     check_op("linear_cross_entropy", x, x, torch.arange(6))
@@ -270,6 +347,7 @@ def test_compiled_second_backward_and_no_grad():
         torch.testing.assert_close(compiled(hidden, weight), out)
 
 
+@pytest.mark.kernel
 def test_checkpoint():
     hidden, weight, _ = operands((9,), 8, 11)
     y = targets((9,), 11)

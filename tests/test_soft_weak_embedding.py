@@ -5,6 +5,8 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
+    INTERPRETED,
+    ON_CPU_KERNELS,
     assert_bitwise_repeatable,
     assert_compiles,
     assert_refuses_double_backward,
@@ -24,6 +26,7 @@ import palm_kernels as pk
 from palm_kernels import reference
 
 OP = "soft_weak_embedding"
+SHAPES = [((), 1, 1), ((5,), 3, 8), ((2, 37), 23, 33), ((3, 2, 8), 30 if INTERPRETED else 100, 130)]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float64: torch.int64}
 
 
@@ -47,7 +50,7 @@ def make(shape, vocab, cols, dtype, *, mask=True, sources=True, edges=True, grad
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("preserving", [False, True])
-@pytest.mark.parametrize("shape, vocab, cols", [((), 1, 1), ((5,), 3, 8), ((2, 37), 23, 33), ((3, 2, 8), 100, 130)])
+@pytest.mark.parametrize("shape, vocab, cols", SHAPES)
 def test_matches_reference(shape, vocab, cols, dtype, preserving):
     for mask in (True, False):
         for sources in (True, False):
@@ -66,15 +69,16 @@ def test_empty(shape, vocab, cols):
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_frequent_tokens(dtype):
-    """Segments beyond what one thread sums, of one token, of the mask and of a source."""
-    ids = torch.where(torch.rand(2000) < 0.5, 3, torch.randint(0, 50, (2000,)))
-    strength = torch.rand(2000).requires_grad_()
-    sources = torch.where(torch.rand(2000) < 0.5, torch.tensor(-1), 7)
-    weight, mask = randn(50, 20, dtype=dtype), randn(20, dtype=dtype)
+    """Segments beyond what one thread (one program) sums, of one token, of the mask and of a source."""
+    n, vocab = (1200, 12) if INTERPRETED else (2000, 50)
+    ids = torch.where(torch.rand(n) < 0.5, 3, torch.randint(0, vocab, (n,)))
+    strength = torch.rand(n).requires_grad_()
+    sources = torch.where(torch.rand(n) < 0.5, torch.tensor(-1), 7)
+    weight, mask = randn(vocab, 20, dtype=dtype), randn(20, dtype=dtype)
     check_op(OP, ids, weight, strength.to(torch.float64) if dtype == torch.float64 else strength, mask_embedding=mask)
     check_op(OP, ids, weight, strength, mask_embedding=mask, source_ids=sources, function=_widened)
-    same = torch.zeros(2000, dtype=torch.int64)
-    check_op(OP, same, weight, torch.zeros(2000), source_ids=same, function=_widened)
+    same = torch.zeros(n, dtype=torch.int64)
+    check_op(OP, same, weight, torch.zeros(n), source_ids=same, function=_widened)
 
 
 def _widened(ids, weight, strength, **keywords):
@@ -82,16 +86,17 @@ def _widened(ids, weight, strength, **keywords):
     return pk.soft_weak_embedding(ids, weight, strength, **keywords)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("cols", [1, 7, 64])
 def test_equals_index_add(cols):
     """dweight of an ordinary embedding (strength 0) is index_add of dout, in float64."""
-    ids, weight = torch.randint(0, 40, (3000,), dtype=torch.int32), randn(60, cols, dtype=torch.float64)
-    dout = torch.randn(3000, cols, dtype=torch.float64)
+    dtype, tolerance = (torch.float64, 1e-12) if ON_CPU_KERNELS else (torch.float32, 2e-5)
+    ids, weight = torch.randint(0, 40, (3000,), dtype=torch.int32), randn(60, cols, dtype=dtype)
+    dout = torch.randn(3000, cols, dtype=dtype)
     out = pk.soft_weak_embedding(ids, weight, torch.zeros(3000))
     out.backward(dout)
-    torch.testing.assert_close(
-        weight.grad, torch.zeros(60, cols).double().index_add(0, ids.long(), dout), rtol=1e-12, atol=1e-12
-    )
+    wanted = torch.zeros(60, cols).double().index_add(0, ids.long(), dout.double()).to(dtype)
+    torch.testing.assert_close(weight.grad, wanted, rtol=tolerance, atol=tolerance)
     assert (weight.grad[40:] == 0).all()
 
 
@@ -169,6 +174,10 @@ def test_strides(dtype):
         permuted(strength),
         source_ids=permuted(sources),
     )
+    column = [wide(t.detach()[:, 0, :1]) for t in (ids, strength, sources)]  # [4, 1]: one stride, and not 1
+    check_op(OP, column[0], weight, column[1].requires_grad_(), source_ids=column[2], mask_embedding=mask)
+    one = [t.detach()[0, 0, 0].expand(5) for t in (ids, strength, sources)]
+    check_op(OP, one[0], weight, one[1], source_ids=one[2], mask_embedding=mask)
     same = ids[:1, :, :1].expand(4, 6, 3)
     check_op(
         OP,
@@ -183,6 +192,7 @@ def test_strides(dtype):
     torch.testing.assert_close(grad, wanted, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.kernel
 def test_stride_beyond_32_bits():
     """Three rows of weight 2^30 + 4 elements apart, in memory that is reserved but hardly touched."""
     storage = torch.from_numpy(np.zeros(2**31 + 16, dtype="uint16")).view(torch.bfloat16)
@@ -193,6 +203,7 @@ def test_stride_beyond_32_bits():
     )
 
 
+@pytest.mark.kernel
 @given(
     shape=st.lists(st.integers(0, 7), min_size=0, max_size=4),
     vocab=st.integers(1, 40),
@@ -207,6 +218,9 @@ def test_stride_beyond_32_bits():
 def test_any_shape_and_option(shape, vocab, cols, dtype, mask, sources, preserving, layout, seed):
     torch.manual_seed(seed)
     args, keywords = make(tuple(shape), vocab, cols, dtype, mask=mask, sources=sources)
+    # One row's gradient of strength is one sum, whose terms may cancel to next to nothing: its error is measured against the result. Of
+    # several rows the root of the mean square stays near that of the terms.
+    args[2].requires_grad_(args[2].numel() >= 8)
     if shape:
         args = (layout(args[0]), wide(args[1]), layout(args[2]))
     check_op(OP, *args, **keywords, variance_preserving=preserving)
@@ -220,6 +234,7 @@ def test_gradcheck(mask, sources, preserving):
     gradcheck(OP, *args, **keywords, variance_preserving=preserving)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 def test_each_gradient_alone(wanted):
     """Only what requires grad is computed, with the bits it has among all; a frozen weight is not even saved."""
@@ -244,6 +259,7 @@ def test_repeatable():
     assert_bitwise_repeatable(OP, *args, **keywords, variance_preserving=True)
 
 
+@pytest.mark.kernel
 def test_retain_graph_and_same_tensor_twice():
     args, keywords = make((4, 9), 6, 5, torch.float32, sources=False)
     out = pk.soft_weak_embedding(*args, source_ids=args[0], **keywords)
@@ -313,7 +329,6 @@ def test_errors_of_arguments():
             pk.soft_weak_embedding(*args, **keywords)
 
 
-@pytest.mark.kernel
 @pytest.mark.parametrize("shape, at", [((2, 3), (1, 2)), ((5,), (0,)), ((), ())])
 def test_errors_in_the_data(shape, at):
     """Found by the kernel, also in backward; the first bad row is named."""
@@ -340,6 +355,42 @@ def test_errors_in_the_data(shape, at):
         args = (weight, None, None, False, 4, row_gradients, False)
         with pytest.raises(ValueError, match="need 0 <= id < 4"):
             torch.ops.palm_kernels.soft_weak_embedding_bwd(dout, ids + 9, strength, *args)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(
+    not INTERPRETED, reason="a ValueError on the CPU; on CUDA an assertion ends the process's use of the device"
+)
+def test_errors_in_the_data_are_asserted():
+    ids, weight, strength, dout = torch.zeros(3, dtype=torch.int64), randn(4, 5), torch.ones(3), torch.ones(3, 5)
+    cases = [
+        ("need 0 <= id < V", {"ids": torch.tensor([0, 4, 0])}),
+        ("need 0 <= id < V", {"ids": torch.tensor([0, -1, 0], dtype=torch.int32)}),
+        ("need source_ids below V", {"source_ids": torch.tensor([-3, 2**40, 0])}),
+        ("need 0 <= strength <= 1", {"strength": torch.tensor([0.0, 1.0000001, 0.0])}),
+        ("need 0 <= strength <= 1", {"strength": torch.tensor([0.0, 0.0, torch.nan])}),
+    ]
+    for message, changed in cases:
+        a = {"ids": ids, "strength": strength, "source_ids": None, **changed}
+        with pytest.raises(Exception, match=message):
+            pk.soft_weak_embedding(a["ids"], weight, a["strength"], source_ids=a["source_ids"])
+        for rows, row_gradients in ((weight.detach(), False), (None, True)):
+            args = dout, a["ids"], a["strength"], rows, None, a["source_ids"], False, 4, row_gradients, False
+            with pytest.raises(Exception, match=message):
+                torch.ops.palm_kernels.soft_weak_embedding_bwd(*args)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("cols", [3, 1500])
+def test_dimensions_that_do_not_merge(cols):
+    """Five of them in an order of their own, more than a kernel walks over by itself; rows of several blocks."""
+    args, keywords = make((2, 1, 3, 2, 2), 7, cols, torch.float32)
+    permuting = torch.randn(2, 3, 2, 1, 2, cols).permute(0, 3, 1, 4, 2, 5)
+    out = pk.soft_weak_embedding(*args, **keywords)
+    leaves = (args[1], args[2], keywords["mask_embedding"])
+    ours = torch.autograd.grad(out, leaves, permuting, retain_graph=True)
+    for a, b in zip(ours, torch.autograd.grad(out, leaves, permuting.contiguous()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_meta():

@@ -199,30 +199,31 @@ static int64_t bwd_rows(const SoftWeakEmbedding& p) {
   return -1;
 }
 
-// ---- backward: dstrength = r dout.(c - E) + r' dout.ub, ub = (1-a) E + a c, r' = (1-2a) r^3 ----
-// At 0 and 1 what is not finite counts as 0: forward did not read the side it comes from.
+// ---- backward: dstrength = dout.(r (c - E) + r' u), u = (1-a) E + a c, r' = (1-2a) r^3 ----
+// One sum: of two, each may be large where their sum is not. At 0 and 1 what is not finite counts as 0:
+// forward did not read the side it comes from.
 template <class E>
 static typename Of<E>::C slope(const SoftWeakEmbedding& p, const Token<typename Of<E>::C>& t, const E* dout) {
   using C = typename Of<E>::C;
   using V = typename Of<E>::V;
   const E *e = weight_row<E>(p, t.id), *c = source_row<E>(p, t.source);
   const bool edge = t.a == 0 || t.a == 1;
+  const C r = scale_of(p, t.a);
   const V keep = set1(1 - t.a), mix = set1(t.a), zero = {};
-  V along{}, across{};
+  const V scale = set1(r), turn = set1((1 - 2 * t.a) * r * r * r);
+  V sum{};
   for (int64_t i = 0; i < p.cols; i += W<E>) {
     const int64_t n = p.cols - i;
     const V g = load(dout + i, n), ei = load(e + i, n), ci = c ? load(c + i, n) : zero;
-    V difference = ci - ei, u = edge ? (t.a == 0 ? ei : ci) : keep * ei + mix * ci;
+    V along = ci - ei, u = edge ? (t.a == 0 ? ei : ci) : keep * ei + mix * ci;
     if (edge) {
-      difference = difference - difference == zero ? difference : zero;
+      along = along - along == zero ? along : zero;
       u = u - u == zero ? u : zero;
     }
-    along += g * difference;
-    across += g * u;
+    if (p.variance_preserving) along = scale * along + turn * u;
+    sum += g * along;
   }
-  const C r = scale_of(p, t.a);
-  const C through = r * hsum(along);
-  return p.variance_preserving ? through + (1 - 2 * t.a) * r * r * r * hsum(across) : through;
+  return hsum(sum);
 }
 
 template <class E>

@@ -14,8 +14,9 @@ from ..checks import autocast, check_device, check_dim, check_floats, check_inte
 from ..dispatch import define, flops, last_contiguous, needs_autograd, public, refuse_double_backward, select
 
 REDUCTIONS = ("none", "mean", "sum")
-CHUNK_BYTES = 2**25  # of logits at a time,
-CHUNK_ROWS = 128  # but no fewer rows: with 64 the GEMMs run at two thirds of their rate
+# Chunks of logits: bytes at a time, but no fewer rows. On the CPU the GEMMs run at two thirds of their rate with 64 rows. On a GPU
+# each chunk reads and writes all of the float32 dweight once: by an H100's data sheet a tenth of its three GEMMs' time at 2048 rows.
+CHUNKS = {"cpu": (2**25, 128), "cuda": (2**29, 2048)}
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float logit_scale"
 
 
@@ -140,37 +141,45 @@ def _allocate_linear(hidden, linear_weight, linear_bias, target, weight, token_w
     return loss, z, scale, dhidden, dweight, dbias
 
 
-def _chunk_rows(kept: int, classes: int, itemsize: int) -> int:
+def _chunk_rows(kept: int, classes: int, itemsize: int, device: str = "cpu") -> int:
     """Rows of logits at a time, the chunks nearly equal."""
-    most = max(CHUNK_ROWS, CHUNK_BYTES // max(1, classes * itemsize))
+    size, rows = CHUNKS.get(device, CHUNKS["cuda"])
+    most = max(rows, size // max(1, classes * itemsize))
     return -(-kept // max(1, -(-kept // most)))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool, scratch: Tensor | None) -> None:
-    """total (+)= a b; by way of scratch where total is wider than a and b."""
-    if scratch is None:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    else:
+    """total (+)= a b; where total is wider than a and b by way of scratch, or by a GEMM that adds to float32 (torch has it on CUDA)."""
+    if scratch is not None:
         torch.mm(a, b, out=scratch)
         total.copy_(scratch) if first else total.add_(scratch)
+    elif total.dtype == a.dtype:
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    elif first:
+        torch.mm(a, b, out=total, out_dtype=total.dtype)
+    else:
+        torch.addmm(total, a, b, out=total, out_dtype=total.dtype)
 
 
-def _chunks(hidden, linear_weight, linear_bias, kept, row_inputs, row_outputs, weight, options, grads):
+def _chunks(hidden, linear_weight, linear_bias, kept, ignored, row_inputs, row_outputs, weight, options, grads):
     """One GEMM, one kernel and up to two GEMMs a chunk; returns the first bad row, or -1.
 
-    kept: indices of hidden's rows, None for all. row_inputs (target, token weight, dloss) and row_outputs (loss, z, t w_y) hold
-    the kept rows only. grads: dhidden, dweight, dbias, each may be None.
+    kept: indices of hidden's rows, None for all; ignored: which of these do not count after all ([n, 1] bool), None for none. row_inputs
+    (target, token weight, dloss) and row_outputs (loss, z, t w_y) hold these rows only. grads: dhidden, dweight, dbias, each may be None.
     """
     kernel = select("cross_entropy", "linear_cross_entropy_rows", hidden.device, hidden.dtype)
     dhidden, dweight, dbias = grads
     wanted = any(g is not None for g in grads)
     n, V = row_outputs.shape[1], linear_weight.shape[0]
-    step = _chunk_rows(n, V, hidden.element_size())
+    step = _chunk_rows(n, V, hidden.element_size(), hidden.device.type)
     buffer = hidden.new_empty(step, V)
-    scratch = hidden.new_empty(V, hidden.shape[1]) if dweight is not None and dweight.dtype != hidden.dtype else None
+    narrow = dweight is not None and dweight.dtype != hidden.dtype and hidden.device.type == "cpu"
+    scratch = hidden.new_empty(V, hidden.shape[1]) if narrow else None
     for lo in range(0, n, max(1, step)):
         part = slice(lo, min(n, lo + step))
         h = hidden[part] if kept is None else hidden.index_select(0, kept[part])
+        if ignored is not None:  # their logits have no gradient, but 0 times a NaN would reach dweight
+            h = h.masked_fill(ignored[part], 0)
         x = buffer[: h.shape[0]]
         if linear_bias is None:
             torch.mm(h, linear_weight.t(), out=x)
@@ -181,10 +190,11 @@ def _chunks(hidden, linear_weight, linear_bias, kept, row_inputs, row_outputs, w
         if bad is not None and bad >= 0:
             return lo + bad
         if dhidden is not None:
-            if kept is None:
-                torch.mm(x, linear_weight, out=dhidden[part])
-            else:
-                dhidden.index_copy_(0, kept[part], torch.mm(x, linear_weight))
+            product = torch.mm(x, linear_weight, out=dhidden[part] if kept is None else None)
+            if ignored is not None:
+                product.masked_fill_(ignored[part], 0)
+            if kept is not None:
+                dhidden.index_copy_(0, kept[part], product)
         if dweight is not None:
             _add_product(dweight, x.t(), h, lo == 0, scratch)
         if dbias is not None:
@@ -192,12 +202,32 @@ def _chunks(hidden, linear_weight, linear_bias, kept, row_inputs, row_outputs, w
     return -1
 
 
-def _kept_rows(target: Tensor, ignore_index: int, max_kept: int | None) -> Tensor | None:
-    """Indices of the rows that count, None if all do."""
+def _rows_by_data(target: Tensor, ignore_index: int, max_kept: int | None) -> tuple[Tensor | None, None]:
+    """Indices of the rows that count (None: all do), and no ignored ones among them."""
     kept = (target.reshape(-1) != ignore_index).nonzero()[:, 0]
     if max_kept is not None and len(kept) > max_kept:
         raise ValueError(f"linear_cross_entropy: {len(kept)} rows are kept, max_kept is {max_kept}")
-    return None if len(kept) == target.numel() else kept
+    return None if len(kept) == target.numel() else kept, None
+
+
+def _rows_by_shape(target: Tensor, ignore_index: int, max_kept: int | None) -> tuple[Tensor | None, Tensor]:
+    """The same without a look at the data from the host: all rows, or max_kept of them, those that count first and in order.
+
+    Every row appears once, so that what is made for the ignored ones at the end goes to their own places.
+    """
+    ignored = target.reshape(-1) == ignore_index
+    if max_kept is None or max_kept >= len(ignored):
+        return None, ignored[:, None]
+    few = (~ignored).sum() <= max_kept
+    torch.ops.aten._assert_async.msg(few, f"linear_cross_entropy: more rows are kept than max_kept = {max_kept}")
+    kept = ignored.byte().sort(stable=True).indices[:max_kept]
+    return kept, ignored.index_select(0, kept)[:, None]
+
+
+def _which_rows(target: Tensor, ignore_index: int, max_kept: int | None):
+    """On the CPU ignored rows cost nothing; elsewhere the host never waits for the device, and shapes are static (CUDA graphs)."""
+    choose = _rows_by_data if target.device.type == "cpu" else _rows_by_shape
+    return choose(target, ignore_index, max_kept)
 
 
 def _linear_body(hidden, linear_weight, linear_bias, target, weight, token_weight, dloss, *args):
@@ -206,7 +236,7 @@ def _linear_body(hidden, linear_weight, linear_bias, target, weight, token_weigh
     options, reduction, max_kept, wants = args[:4], args[4], args[5], args[6:]
     N, C = target.numel(), hidden.shape[-1]
     weight = weight if weight is None else last_contiguous(weight)
-    kept = _kept_rows(target, options[0], max_kept)
+    kept, ignored = _which_rows(target, options[0], max_kept)
     row_inputs = [t if t is None else t.reshape(-1) for t in (target, token_weight, dloss)]
     if kept is not None:
         row_inputs = [t if t is None else t.index_select(0, kept) for t in row_inputs]
@@ -219,8 +249,9 @@ def _linear_body(hidden, linear_weight, linear_bias, target, weight, token_weigh
         *(g if w else None for g, w in zip(grads[1:], wants[1:], strict=True)),
     )
     rows = loss.new_empty(3, n)
+    inputs = hidden.reshape(N, C), linear_weight, linear_bias, kept, ignored, row_inputs
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        bad = _chunks(hidden.reshape(N, C), linear_weight, linear_bias, kept, row_inputs, rows, weight, options, views)
+        bad = _chunks(*inputs, rows, weight, options, views)
     if bad >= 0:
         row = bad if kept is None else int(kept[bad])
         _bad_target("linear_cross_entropy", row, target, linear_weight.shape[0], options[0])
@@ -314,13 +345,14 @@ def linear_cross_entropy(
     """cross_entropy(hidden linear_weight^T + linear_bias, target), never holding more than a chunk of logits.
 
     hidden: [..., C], linear_weight: [V, C], linear_bias: [V], one dtype: float32, bfloat16, float16 (float64 on the CPU). target,
-    weight, token_weight, the other options and the result: as cross_entropy. Ignored rows are never read and, on the CPU, cost
-    nothing. The logits are rounded to hidden's dtype, the gradients of linear_weight and linear_bias summed in float32 (float64).
+    weight, token_weight, the other options and the result: as cross_entropy. Ignored rows are never read; on the CPU they cost
+    nothing, on CUDA as much as kept ones, unless max_kept is given: then that many rows are multiplied. The logits are rounded to
+    hidden's dtype, the gradients of linear_weight and linear_bias summed in float32 (float64).
     For "mean" and "sum" forward makes the gradients and keeps them (dweight in float32) for the first backward, which empties them;
     another one computes them again, to the same bits. max_kept: no more rows than this are kept.
     Under autocast hidden, linear_weight and linear_bias are cast; the loss stays float32.
-    Raises ValueError for shapes, devices, a target outside [0, V) that is not ignore_index, more than max_kept kept rows (CPU),
-    TypeError for dtypes.
+    Raises ValueError for shapes, devices, a target outside [0, V) that is not ignore_index, more than max_kept kept rows (CUDA: these
+    two are assertions on the device), TypeError for dtypes.
     """
     op = "linear_cross_entropy"
     hidden, linear_weight, linear_bias = autocast(hidden, linear_weight, linear_bias)

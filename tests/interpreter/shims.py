@@ -9,6 +9,7 @@ storage; NaN in masked lanes without `other`; device_assert and 32-bit overflow 
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as I
 
 B = I.InterpreterBuilder
@@ -134,7 +135,8 @@ def _unknown(kind):
 
 def _bounds():
     old_init, old_load = I.GridExecutor._init_args_hst, B.create_masked_load
-    old_store, old_rmw = B.create_masked_store, B.create_atomic_rmw
+    old_store, old_rmw, old_semantic = B.create_masked_store, B.create_atomic_rmw, TritonSemantic.load
+    has_other = False
 
     def _init_args_hst(self, args, kwargs):
         host = old_init(self, args, kwargs)
@@ -142,9 +144,14 @@ def _bounds():
         _add_storage((*host[0], *host[1].values()))
         return host
 
+    def semantic_load(self, ptr, mask, other, *rest):  # it drops an `other` that is one element and 0: `if other`
+        nonlocal has_other
+        has_other = other is not None
+        return old_semantic(self, ptr, mask, other, *rest)
+
     def create_masked_load(self, ptrs, mask, other, *rest):
         _check_bounds("load", ptrs, mask)
-        if other is None:
+        if other is None and not has_other:
             kind = ptrs.get_element_ty()
             other = I.TensorHandle(np.full(ptrs.data.shape, _unknown(kind), dtype=I._get_np_dtype(kind)), kind)
         return old_load(self, ptrs, mask, other, *rest)
@@ -157,7 +164,7 @@ def _bounds():
         _check_bounds("atomic", ptr, mask)
         return old_rmw(self, op, ptr, val, mask, *rest)
 
-    I.GridExecutor._init_args_hst = _init_args_hst
+    I.GridExecutor._init_args_hst, TritonSemantic.load = _init_args_hst, semantic_load
     B.create_masked_load, B.create_masked_store, B.create_atomic_rmw = (
         create_masked_load,
         create_masked_store,
