@@ -56,17 +56,10 @@ def _tables():
     return importlib.import_module("palm_kernels._triton.attention_tiles")
 
 
-def _holders() -> list:
-    """The modules whose launchers look tiles up by the name `config`."""
-    importlib.import_module("palm_kernels._triton.attention")
-    loaded = [m for name, m in sys.modules.items() if name.startswith("palm_kernels._triton.attention")]
-    return [m for m in loaded if hasattr(m, "config")]
-
-
 @contextlib.contextmanager
 def tiles(kernel: str, values: tuple) -> Iterator[None]:
     """Launches of `kernel` take these tiles instead of the table's: they look them up every time."""
-    shipped, holders = _tables().config, _holders()
+    tables, shipped = _tables(), _tables().config
 
     def config(name, *args, **kwargs):
         found = shipped(name, *args, **kwargs)
@@ -74,17 +67,15 @@ def tiles(kernel: str, values: tuple) -> Iterator[None]:
             return found
         return dict.fromkeys(found, 0) | dict(zip(FIELDS, values, strict=False))
 
-    for module in holders:
-        module.config = config
+    tables.config = config
     try:
         yield
     finally:
-        for module in holders:
-            module.config = shipped
+        tables.config = shipped
 
 
 def shipped(entry: Entry, arch: int) -> tuple:
-    config = _tables().config(entry.kernel, arch, entry.D, DTYPES[entry.dtype], *([True] if entry.bias else []))
+    config = _tables().config(entry.kernel, arch, entry.D, DTYPES[entry.dtype], entry.bias)
     return tuple(config[f] for f in FIELDS if config.get(f))
 
 

@@ -209,11 +209,11 @@ ENTRY = tune.Entry("dkdv", 128, "bfloat16")
 
 @needs_triton
 def test_tiles_are_replaced_for_one_kernel_and_put_back():
-    from palm_kernels._triton import attention_decode, attention_tiles
+    from palm_kernels._triton import attention_tiles
 
     before = {name: tune.shipped(tune.Entry(name, 128, "bfloat16"), 90) for name in tune.KERNELS}
     with tune.tiles("decode", (1, 2, 3, 4)):
-        assert attention_decode.config("decode", 90, 64, torch.float32) == dict(
+        assert attention_tiles.config("decode", 90, 64, torch.float32) == dict(
             zip(tune.FIELDS, (1, 2, 3, 4), strict=False)
         )
         assert tune.shipped(ENTRY, 90) == before["dkdv"]

@@ -35,8 +35,7 @@ HOPPER = {
     ("dq", True, 32): (128, 64, 4, 2),
     # 64 keys a program leave room for both sums at D = 256, but both warpgroups would then share one wgmma tile of rows
     ("dkdv", True, 256): (64, 128, 8, 2, 32),
-    ("dkdv", True, 128): (64, 128, 8, 2),
-    ("dkdv+bias", True, 128): (64, 64, 8, 2),
+    ("dkdv", True, 128): (32, 128, 8, 2),
     ("dkdv", True, 64): (64, 128, 8, 2),
     ("dkdv", True, 32): (64, 128, 4, 2),
     ("decode", True, 256): (64, 64, 4, 2),
@@ -66,6 +65,7 @@ AMPERE = {
     ("fwd+bias", True, 256): (64, 64, 8, 2),
     ("fwd", True, 128): (128, 64, 8, 3),
     ("dq", True, 256): (64, 32, 8, 2),
+    ("dq", True, 128): (128, 32, 8, 2),
     ("dkdv", True, 256): (32, 64, 8, 2),
     ("dkdv+bias", True, 256): (64, 64, 8, 2, 32),
     ("fwd", False, 128): (64, 16, 8, 2),

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 
 def run(*command):
     env = {**os.environ, "TRITON_INTERPRET": "1", "PALM_KERNELS_BACKEND": "triton"}
-    env.setdefault("HYPOTHESIS_PROFILE", "interpreter")
+    for name, value in (("HYPOTHESIS_PROFILE", "interpreter"), ("OMP_NUM_THREADS", "1"), ("OPENBLAS_NUM_THREADS", "1")):
+        env.setdefault(name, value)
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
 
 
