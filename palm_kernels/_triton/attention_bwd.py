@@ -267,7 +267,7 @@ def _keys(
         v_rows = first_row(v, b, k_row, kh, sv), n64 * sv[1], here
         vn = load_rows(*v_rows, True, D, BD)
         q_base, d_base = first_row(q, b, q_row, kh * G, sq), first_row(dout, b, q_row, kh * G, sd)
-        stats_base, plane = stats + stats_row, slots.to(tl.int64) * BQ
+        stats_base, plane = stats + stats_row, tl.full((), slots, tl.int64) * BQ
         dk_sum = tl.zeros([BN, BD], tl.float32)
         dv_sum = tl.zeros([BN, BD], tl.float32)
         db_sum = tl.zeros([BN], tl.float32)
