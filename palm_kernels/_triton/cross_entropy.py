@@ -13,6 +13,7 @@ from .common import next_power_of_2, over_rows, row_offset
 
 BLOCK = 4096  # logits a program and step: 16 a thread, 32 bytes of 16-bit logits in flight in each
 WARPS = 8
+ROWS = 32  # rows a program at most: of narrow rows a thread would hold so many places and scalars that they spill
 LONG_BLOCK = (
     16384  # rows that are read twice: one program with all of a multiprocessor's threads, so that the rows under way
 )
@@ -223,7 +224,7 @@ def _run_rows(logits, target, weight, token_weight, dloss, options, gradient, lo
 
     def launch(rows, sizes, strides, x, *row_vectors):
         v = dict(zip(given, row_vectors, strict=True))
-        BR = max(1, block // columns)
+        BR = max(1, min(ROWS, block // columns))
         # fmt: off
         _rows[triton.cdiv(rows, BR),](
             x, v["target"], v.get("t"), v.get("d"), weight, total, v["loss"], v["z"], v.get("w"), v.get("lse"),
@@ -267,7 +268,7 @@ def cross_entropy_bwd(
     # fmt: on
     V = logits.shape[-1]
     BV = min(next_power_of_2(V), BLOCK)
-    BR = BLOCK // BV
+    BR = min(ROWS, BLOCK // BV)
     total = _weight_total(weight, label_smoothing)
     one = dloss.dim() == 0 and target.dim() != 0  # mean and sum
 

@@ -15,6 +15,7 @@ from .common import MAX_LEADING, leading, next_power_of_2, row_offset
 
 BLOCK = 4096  # elements a program: 16 bytes a thread and load at 8 warps and 16 bits, twice
 WARPS = 8
+ROWS = 32  # tokens a program at most: of narrow rows a thread would hold so many places and scalars that they spill
 PIECE = 256  # entries a piece; segments of more are summed by pieces
 AT_ONCE = (
     4  # entries (or pieces) at least that are read side by side: their rows are far apart, each read waits for memory
@@ -224,7 +225,7 @@ def soft_weak_embedding_fwd(
 ) -> None:
     # fmt: on
     N, C, BC = ids.numel(), weight.shape[1], _columns(weight.shape[1], BLOCK)
-    BR = BLOCK // BC
+    BR = min(ROWS, BLOCK // BC)
     if N * C == 0:
         return
     # fmt: off
@@ -253,13 +254,16 @@ def _row_gradients(dout, walk, ids, strength, source_ids, preserving, vocab, dwe
     tiles, pieces, count = triton.cdiv(C, BC), triton.cdiv(2 * N, PIECE), rows + (dmask is not None)
     sums = torch.empty(pieces, 2, C, dtype=torch.float32, device=dout.device)
 
-    def shape(elements):
-        BK = max(AT_ONCE, min(PIECE, elements // BC))
-        return {"PRESERVING": preserving, "PIECE": PIECE, "BK": BK, "BC": BC, "num_warps": max(1, BK * BC // 1024)}
+    def shape(elements, a_thread):
+        BK = max(AT_ONCE, min(2 * ROWS, elements // BC))
+        warps = max(1, BK * BC // (32 * a_thread))
+        return {"PRESERVING": preserving, "PIECE": PIECE, "BK": BK, "BC": BC, "num_warps": warps}
 
-    _pieces[pieces * tiles,](dout, strength, order, keys, starts, sums, 2 * N, C, *walk, rows, **shape(BLOCK))
-    # most segments are short: of many narrow columns fewer entries at once
-    _segments[count * tiles,](dout, strength, order, starts, sums, dweight, dmask, C, *walk, rows, **shape(BLOCK // 4))
+    # _pieces: with 32 elements a thread it spills. _segments: 8 columns of each of 4 rows, so that it stores 16 bytes of 16-bit dweight a
+    # thread; most segments are short: of few columns it takes fewer entries at once.
+    _pieces[pieces * tiles,](dout, strength, order, keys, starts, sums, 2 * N, C, *walk, rows, **shape(BLOCK, 16))
+    of = shape(BLOCK // 4, 8 * AT_ONCE)
+    _segments[count * tiles,](dout, strength, order, starts, sums, dweight, dmask, C, *walk, rows, **of)
 
 
 # fmt: off
@@ -286,7 +290,7 @@ def soft_weak_embedding_bwd(
         _row_gradients(dout, walk, ids, strength, sources, variance_preserving, vocab, *gradients)
     if dstrength is not None:
         BC = _columns(C, BLOCK)
-        BR = BLOCK // BC
+        BR = min(ROWS, BLOCK // BC)
         # fmt: off
         _slope[triton.cdiv(N, BR),](
             dout, ids, weight, strength, mask_embedding, sources, dstrength, N, C, vocab, weight.stride(0), *walk,
