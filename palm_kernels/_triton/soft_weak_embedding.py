@@ -169,9 +169,9 @@ def _segments(
         value = tl.sum(total, 0)
     else:
         value = _sum_entries(dout, strength, order, begin, end, c, C, n1, n2, d0, d1, d2, PRESERVING, BK, BC)
-    if row == rows:
+    if dmask is not None and row == rows:
         tl.store(dmask + c, value[None, :].to(dmask.dtype.element_ty), mask=c < C)
-    else:
+    if dweight is not None and row < rows:
         tl.store(dweight + row * C + c, value[None, :].to(dweight.dtype.element_ty), mask=c < C)
 
 
