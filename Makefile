@@ -28,7 +28,7 @@ palm_kernels/_cpu.so: $(NATIVE) setup.py | .venv/ready
 	$(PY) setup.py -q build_ext --inplace
 	@test ! -e $@ || touch $@
 test: setup
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
