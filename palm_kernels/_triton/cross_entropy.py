@@ -14,10 +14,10 @@ from .common import next_power_of_2, over_rows, row_offset
 BLOCK = 4096  # logits a program and step: 16 a thread, 32 bytes of 16-bit logits in flight in each
 WARPS = 8
 ROWS = 32  # rows a program at most: of narrow rows a thread would hold so many places and scalars that they spill
-LONG_BLOCK = (
-    16384  # rows that are read twice: one program with all of a multiprocessor's threads, so that the rows under way
-)
-LONG_WARPS = 32  # at one time (132 of 256 KB on an H100) are still in the second cache when they are read again
+# Long rows that are read twice: one program with all of a multiprocessor's threads, so that the rows under way at one time (132 of
+# 256 KB on an H100) are still in the second cache when they are read again.
+LONG_BLOCK = 16384
+LONG_WARPS = 32
 SUM_BLOCK = 4096  # rows a program that adds row terms up
 # z = logit_scale x rounds alike wherever it is used, so that it cancels in lse - z_y and in exp(z_y - lse): no fused multiply-add.
 OPTIONS = {"sanitize_overflow": False, "enable_fp_fusion": False}

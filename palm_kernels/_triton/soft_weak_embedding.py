@@ -17,9 +17,7 @@ BLOCK = 4096  # elements a program: 16 bytes a thread and load at 8 warps and 16
 WARPS = 8
 ROWS = 32  # tokens a program at most: of narrow rows a thread would hold so many places and scalars that they spill
 PIECE = 256  # entries a piece; segments of more are summed by pieces
-AT_ONCE = (
-    4  # entries (or pieces) at least that are read side by side: their rows are far apart, each read waits for memory
-)
+AT_ONCE = 4  # entries or pieces, at least, that are read side by side: rows far apart, each read waits for memory
 KEYS = 1024  # tokens a program that makes keys
 
 
