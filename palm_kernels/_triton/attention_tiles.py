@@ -32,12 +32,12 @@ HOPPER = {
     ("dq", True, 256): (128, 32, 8, 2),
     ("dq", True, 128): (128, 64, 8, 2),
     ("dq", True, 64): (128, 64, 8, 2),
-    ("dq", True, 32): (128, 64, 4, 2),
+    ("dq", True, 32): (64, 64, 4, 2),
     # 64 keys a program leave room for both sums at D = 256, but both warpgroups would then share one wgmma tile of rows
     ("dkdv", True, 256): (64, 128, 8, 2, 32),
     ("dkdv", True, 128): (32, 128, 8, 2),
     ("dkdv", True, 64): (64, 128, 8, 2),
-    ("dkdv", True, 32): (64, 128, 4, 2),
+    ("dkdv", True, 32): (64, 64, 4, 2),
     ("decode", True, 256): (64, 32, 4, 3),
     ("decode", True, 128): (64, 64, 4, 3),
     ("decode", True, 64): (64, 128, 4, 3),
@@ -52,11 +52,11 @@ HOPPER = {
     ("dq", False, 32): (64, 32, 4, 2),
     ("dkdv", False, 256): (16, 32, 8, 1, 16),
     ("dkdv", False, 128): (16, 32, 8, 1),
-    ("dkdv", False, 64): (32, 32, 8, 2),
+    ("dkdv", False, 64): (16, 32, 8, 1),
     ("dkdv", False, 32): (32, 64, 4, 2),
     ("decode", False, 256): (32, 32, 8, 1),
-    ("decode", False, 128): (32, 32, 4, 2),
-    ("decode", False, 64): (32, 64, 4, 2),
+    ("decode", False, 128): (32, 32, 8, 2),
+    ("decode", False, 64): (32, 32, 4, 2),
     ("decode", False, 32): (32, 64, 4, 2),
 }
 AMPERE = {
@@ -73,7 +73,12 @@ AMPERE = {
     ("fwd", False, 128): (64, 16, 8, 2),
     ("fwd", False, 64): (64, 32, 8, 2),
     ("dq", False, 64): (32, 32, 4, 2),
-    ("dkdv", False, 64): (32, 32, 4, 2),
+    ("fwd", False, 32): (64, 32, 8, 2),
+    ("dq", False, 256): (32, 16, 8, 1),
+    ("dkdv", False, 32): (16, 32, 4, 2),
+    ("dq", True, 32): (64, 64, 8, 2),
+    ("dkdv", True, 32): (64, 64, 8, 2),
+    ("decode", True, 64): (64, 64, 4, 3),
 }
 
 

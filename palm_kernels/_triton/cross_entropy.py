@@ -268,7 +268,7 @@ def cross_entropy_bwd(
     # fmt: on
     V = logits.shape[-1]
     BV = min(next_power_of_2(V), BLOCK)
-    BR = min(ROWS, BLOCK // BV)
+    BR = max(1, min(ROWS, BLOCK // 2 // BV))  # half a block of narrow rows: their scalars need registers too
     total = _weight_total(weight, label_smoothing)
     one = dloss.dim() == 0 and target.dim() != 0  # mean and sum
 
