@@ -139,6 +139,16 @@ struct Swiglu {
   Matrix dout, dgate, dup;
 };
 
+// Where a CUDA launcher works. allocate gives scratch that is safe to free once the launcher has returned
+// (freed memory is reused in stream order).
+struct Queue {
+  void* stream;  // cudaStream_t
+  int arch;      // 80, 90, ...
+  int multiprocessors;
+  void* (*allocate)(void* owner, int64_t bytes);
+  void* owner;
+};
+
 }  // namespace palm
 
 // X(name, struct): every CPU launcher `int64_t name(const struct&)`. It returns the first bad row, or -1.
