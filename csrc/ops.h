@@ -40,6 +40,7 @@ struct Attention {
   Dtype dtype;
   int64_t B, T, S, H, K, D;
   bool causal;
+  bool tf32;  // CUDA, float32: one tf32 product instead of three
   double scale;
   int64_t left, right;
   Heads q, k, v, out, lse;

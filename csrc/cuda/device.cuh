@@ -35,6 +35,10 @@
 
 namespace palm::cuda {
 
+#if defined(PALM_EMULATE)
+using std::max;
+using std::min;
+#endif
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
@@ -123,6 +127,14 @@ PALM_DEVICE uint32_t ballot(bool predicate, uint32_t mask = kAllLanes) {
   return out;
 #else
   return __ballot_sync(mask, predicate);
+#endif
+}
+
+PALM_DEVICE int popcount(uint32_t bits) {
+#if defined(PALM_EMULATE)
+  return __builtin_popcount(bits);
+#else
+  return __popc(bits);
 #endif
 }
 
@@ -220,7 +232,7 @@ template <class T>
 inline float half_of(uint32_t word, int which) {
   const uint16_t bits = static_cast<uint16_t>(word >> 16 * which);
   T x;
-  memcpy(&x, &bits, 2);
+  memcpy(static_cast<void*>(&x), &bits, 2);
   return to_float(x);
 }
 inline float bits_to_float(uint32_t bits) {
