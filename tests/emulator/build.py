@@ -11,7 +11,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-import setup as build  # noqa: E402
+import setup as build  # noqa: E402  (the flags of the real build)
 
 FLAGS = "-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -DPALM_EMULATE -DPALM_SM90A=1 -Wall -Wextra -Wno-unknown-pragmas"
 SANITIZE = "-fsanitize=address -fno-omit-frame-pointer"
@@ -24,33 +24,58 @@ def why_not() -> str:
     return "" if shutil.which("g++") else "no g++"
 
 
-def library(folder: pathlib.Path, *, sanitize: bool = False, planted: dict[str, str] | None = None) -> pathlib.Path:
-    """Build folder/_emulated.so and return it. planted: {file name in csrc/cuda: text to compile in its place}."""
+def ninja(folder: pathlib.Path, lines: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    file = folder / "build.ninja"
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+    tool = shutil.which("ninja") or str(pathlib.Path(sys.executable).with_name("ninja"))
+    done = subprocess.run([tool, "-C", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-6000:])
+
+
+def rules(sanitize: bool) -> list[str]:
     _, home = build.find_nvcc()
     flags = f"{FLAGS} -I{ROOT}/tests/emulator -I{home}/include" + (f" {SANITIZE}" if sanitize else "")
-    torch_include, torch_lib = build.torch_folders()
-    lines = [
+    return [
         f"rule cxx\n  command = g++ -x c++ {flags} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = g++ -shared {SANITIZE if sanitize else ''} $in -o $out -L{torch_lib} -Wl,--no-as-needed -ltorch_cpu -lc10",
+        f"rule link\n  command = g++ -shared {SANITIZE if sanitize else ''} $in -o $out $libs",
     ]
-    sources = folder / "csrc" if planted else ROOT / "csrc"
+
+
+def library(folder: pathlib.Path, *, sanitize: bool = False, planted: dict[str, str] | None = None) -> pathlib.Path:
+    """Build folder/_emulated.so and return it. planted: {file name in csrc/cuda: text to compile in its place}."""
+    torch_include, torch_lib = build.torch_folders()
+    sources = ROOT / "csrc"
     if planted:
+        sources = folder / "csrc"
         shutil.copytree(ROOT / "csrc", sources, dirs_exist_ok=True)
         for name, text in planted.items():
             (sources / "cuda" / name).write_text(text)
-    objects = []
+    lines, objects = rules(sanitize), []
     for source in sorted([*(sources / "cuda").glob("*.cu"), sources / "cuda" / "bindings.cpp"]):
         extra = f"{build.TARGET} {torch_include}" if source.suffix == ".cpp" else ""
         objects.append(f"{source.stem}.o")
         lines.append(f"build {source.stem}.o: cxx {source}\n  flags = {extra}")
-    lines.append(f"build _emulated.so: link {' '.join(objects)}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    ninja = shutil.which("ninja") or str(pathlib.Path(sys.executable).with_name("ninja"))
-    done = subprocess.run([ninja, "-C", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stdout[-6000:])
+    libs = f"-L{torch_lib} -Wl,--no-as-needed -ltorch_cpu -lc10"
+    ninja(folder, [*lines, f"build _emulated.so: link {' '.join(objects)}\n  libs = {libs}"])
     return folder / "_emulated.so"
+
+
+def probes(on_gpu: bool) -> pathlib.Path:
+    """Build probes.cu, for test_fragments.py."""
+    folder, source = ROOT / "build" / "probes", pathlib.Path(__file__).with_name("probes.cu")
+    out = folder / ("probes_gpu.so" if on_gpu else "probes.so")
+    if on_gpu:
+        folder.mkdir(parents=True, exist_ok=True)
+        nvcc, _ = build.find_nvcc()
+        options = ["-std=c++17", "-O2", "-shared", "-Xcompiler", "-fPIC", "-arch=native", str(source), "-o", str(out)]
+        subprocess.run([nvcc, *options], check=True)
+    else:
+        ninja(folder, [*rules(False), f"build probes.o: cxx {source}", "build probes.so: link probes.o"])
+    return out
 
 
 def default(sanitize: bool = False) -> pathlib.Path:
