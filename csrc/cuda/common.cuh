@@ -32,39 +32,44 @@ PALM_DEVICE T* row(const Rows& rows, const Matrix& m, int64_t r) {
   return static_cast<T*>(m.data) + row_offset(rows, m, r);
 }
 
-// N neighbouring elements, moved in one access where the address is aligned to all of them.
-template <class T, int N>
-struct alignas(sizeof(T) * N) Packet {
-  T of[N];
-};
+// Elements of one 16-byte access.
 template <class T>
 constexpr int kPacket = 16 / sizeof(T);
-
-// x[i] = p[i] for i < n, else `other`. N = 1 or aligned p.
+// x[i] = p[i] for i < n, else `other`. N is kPacket, then p is aligned to 16 bytes, or 1.
 template <int N, class T>
 PALM_DEVICE void load(float (&x)[N], const T* p, int64_t n, float other = 0) {
-  if (n >= N) {
-    const auto packet = *reinterpret_cast<const Packet<T, N>*>(p);
+  if constexpr (N * sizeof(T) == 16) {
+    if (n >= N) {
+      const uint4 words = load_16(p);
+      T packet[N];
+      memcpy(static_cast<void*>(packet), &words, 16);
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = to_float(packet.of[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = i < n ? to_float(p[i]) : other;
+      for (int i = 0; i < N; ++i) x[i] = to_float(packet[i]);
+      return;
+    }
   }
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = i < n ? to_float(p[i]) : other;
 }
 
 template <int N, class T>
 PALM_DEVICE void store(T* p, const float (&x)[N], int64_t n) {
-  if (n >= N) {
-    Packet<T, N> packet;
+  if constexpr (N * sizeof(T) == 16) {
+    if (n >= N) {
+      uint32_t words[4];
 #pragma unroll
-    for (int i = 0; i < N; ++i) packet.of[i] = from_float<T>(x[i]);
-    *reinterpret_cast<Packet<T, N>*>(p) = packet;
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (i < n) p[i] = from_float<T>(x[i]);
+      for (int i = 0; i < 4; ++i)
+        if constexpr (sizeof(T) == 2)
+          words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+        else
+          memcpy(&words[i], &x[i], 4);
+      store_16(p, make_uint4(words[0], words[1], words[2], words[3]));
+      return;
+    }
   }
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i < n) p[i] = from_float<T>(x[i]);
 }
 
 // Whether every row of m begins at a multiple of 16 bytes.

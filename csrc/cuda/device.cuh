@@ -366,6 +366,25 @@ PALM_DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
+// ---- 16 bytes of global memory in one access, p aligned to them (a plain store of a uint4 may be taken
+// apart)
+PALM_DEVICE uint4 load_16(const void* p) {
+#if defined(PALM_EMULATE)
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("a 16-byte load is not aligned");
+#endif
+  return *static_cast<const uint4*>(p);
+}
+PALM_DEVICE void store_16(void* p, uint4 words) {
+#if defined(PALM_EMULATE)
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("a 16-byte store is not aligned");
+  *static_cast<uint4*>(p) = words;
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+#endif
+}
+
 // ---- asynchronous copies from global to shared memory (cp.async): 4, 8 or 16 bytes, aligned to their size;
 // zeros where not `wanted` (then `from` is not read). They land when this thread waits for their group.
 template <int BYTES>
