@@ -1,0 +1,124 @@
+// What the memory-bound kernels share: dtypes, rows behind any leading strides, 16-byte packets, reductions.
+#pragma once
+
+#include "../scalar.h"
+#include "device.cuh"
+
+namespace palm::cuda {
+
+template <class F>
+void with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f32: return f(float{});
+    case Dtype::bf16: return f(bf16{});
+    case Dtype::f16: return f(f16{});
+    case Dtype::f64: return;  // dispatch.py never lets it through
+  }
+}
+
+PALM_DEVICE int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where row r begins, in elements. Most calls have one dimension: no division.
+PALM_DEVICE int64_t row_offset(const Rows& rows, const Matrix& m, int64_t r) {
+  int64_t at = 0;
+  for (int d = rows.dims - 1; d > 0; --d) {
+    at += r % rows.size[d] * m.stride[d];
+    r /= rows.size[d];
+  }
+  return at + r * m.stride[0];
+}
+template <class T>
+PALM_DEVICE T* row(const Rows& rows, const Matrix& m, int64_t r) {
+  return static_cast<T*>(m.data) + row_offset(rows, m, r);
+}
+
+// N neighbouring elements, moved in one access where the address is aligned to all of them.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Packet {
+  T of[N];
+};
+template <class T>
+constexpr int kPacket = 16 / sizeof(T);
+
+// x[i] = p[i] for i < n, else `other`. N = 1 or aligned p.
+template <int N, class T>
+PALM_DEVICE void load(float (&x)[N], const T* p, int64_t n, float other = 0) {
+  if (n >= N) {
+    const auto packet = *reinterpret_cast<const Packet<T, N>*>(p);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = to_float(packet.of[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = i < n ? to_float(p[i]) : other;
+  }
+}
+
+template <int N, class T>
+PALM_DEVICE void store(T* p, const float (&x)[N], int64_t n) {
+  if (n >= N) {
+    Packet<T, N> packet;
+#pragma unroll
+    for (int i = 0; i < N; ++i) packet.of[i] = from_float<T>(x[i]);
+    *reinterpret_cast<Packet<T, N>*>(p) = packet;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < n) p[i] = from_float<T>(x[i]);
+  }
+}
+
+// Whether every row of m begins at a multiple of 16 bytes.
+template <class T>
+bool aligned(const Rows& rows, const Matrix& m) {
+  if (reinterpret_cast<uintptr_t>(m.data) % 16) return false;
+  for (int d = 0; d < rows.dims; ++d)
+    if (rows.size[d] > 1 && m.stride[d] * static_cast<int64_t>(sizeof(T)) % 16) return false;
+  return true;
+}
+
+// f(packet size): 16 bytes if all operands are aligned to them, else one element.
+template <class T, class F>
+void with_packet(const Rows& rows, std::initializer_list<const Matrix*> operands, F&& f) {
+  bool all = true;
+  for (const Matrix* m : operands) all = all && aligned<T>(rows, *m);
+  all ? f(std::integral_constant<int, kPacket<T>>{}) : f(std::integral_constant<int, 1>{});
+}
+
+// A block of kThreads works on a tile of rows x columns: 2^log_width threads side by side in a row.
+constexpr int kThreads = 256;
+struct Tiling {
+  int log_width;
+  int64_t row_tiles, column_tiles;
+  int64_t blocks() const { return row_tiles * column_tiles; }
+};
+inline Tiling tiling(int64_t rows, int64_t columns, int packet) {
+  int log_width = 0;
+  while ((int64_t(packet) << log_width) < columns && (1 << log_width) < kThreads) ++log_width;
+  const int64_t high = kThreads >> log_width, wide = int64_t(packet) << log_width;
+  return {log_width, (rows + high - 1) / high, (columns + wide - 1) / wide};
+}
+struct Place {
+  int64_t row, column;
+};
+PALM_DEVICE Place place(const Tiling& t, int packet) {
+  const int width = 1 << t.log_width;
+  const int64_t tile = blockIdx.x / t.column_tiles, column_tile = blockIdx.x % t.column_tiles;
+  return {tile * (kThreads >> t.log_width) + (threadIdx.x >> t.log_width),
+          ((column_tile << t.log_width) + (threadIdx.x & (width - 1))) * packet};
+}
+
+// ---- reductions: every lane of the (sub)warp gets the result, in one order
+template <int WIDTH = 32>
+PALM_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int d = WIDTH / 2; d; d /= 2) x += shuffle_xor(x, d);
+  return x;
+}
+template <int WIDTH = 32>
+PALM_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int d = WIDTH / 2; d; d /= 2) x = fmaxf(x, shuffle_xor(x, d));
+  return x;
+}
+
+}  // namespace palm::cuda

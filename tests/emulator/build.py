@@ -1,0 +1,64 @@
+"""Compiles csrc/cuda with g++ into a library that runs the kernels on CPU tensors: `python tests/emulator/build.py [--sanitize]`.
+
+PALM_KERNELS_CUDA_LIBRARY=<the printed path> PALM_KERNELS_BACKEND=cuda then serves them. The CUDA toolkit gives headers only.
+"""
+
+import argparse
+import pathlib
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import setup as build  # noqa: E402
+
+FLAGS = "-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -DPALM_EMULATE -DPALM_SM90A=1 -Wall -Wextra -Wno-unknown-pragmas"
+SANITIZE = "-fsanitize=address -fno-omit-frame-pointer"
+
+
+def why_not() -> str:
+    """Why nothing can be emulated here, or ''."""
+    if build.find_nvcc() is None:
+        return "no CUDA toolkit, whose headers the emulator needs"
+    return "" if shutil.which("g++") else "no g++"
+
+
+def library(folder: pathlib.Path, *, sanitize: bool = False, planted: dict[str, str] | None = None) -> pathlib.Path:
+    """Build folder/_emulated.so and return it. planted: {file name in csrc/cuda: text to compile in its place}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _, home = build.find_nvcc()
+    flags = f"{FLAGS} -I{ROOT}/tests/emulator -I{home}/include" + (f" {SANITIZE}" if sanitize else "")
+    torch_include, torch_lib = build.torch_folders()
+    lines = [
+        f"rule cxx\n  command = g++ -x c++ {flags} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = g++ -shared {SANITIZE if sanitize else ''} $in -o $out -L{torch_lib} -Wl,--no-as-needed -ltorch_cpu -lc10",
+    ]
+    sources = folder / "csrc" if planted else ROOT / "csrc"
+    if planted:
+        shutil.copytree(ROOT / "csrc", sources, dirs_exist_ok=True)
+        for name, text in planted.items():
+            (sources / "cuda" / name).write_text(text)
+    objects = []
+    for source in sorted([*(sources / "cuda").glob("*.cu"), sources / "cuda" / "bindings.cpp"]):
+        extra = f"{build.TARGET} {torch_include}" if source.suffix == ".cpp" else ""
+        objects.append(f"{source.stem}.o")
+        lines.append(f"build {source.stem}.o: cxx {source}\n  flags = {extra}")
+    lines.append(f"build _emulated.so: link {' '.join(objects)}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    ninja = shutil.which("ninja") or str(pathlib.Path(sys.executable).with_name("ninja"))
+    done = subprocess.run([ninja, "-C", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-6000:])
+    return folder / "_emulated.so"
+
+
+def default(sanitize: bool = False) -> pathlib.Path:
+    """The library of this tree, built where it is out of date."""
+    return library(ROOT / "build" / ("emulator_asan" if sanitize else "emulator"), sanitize=sanitize)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer (run under LD_PRELOAD of libasan)")
+    print(default(parser.parse_args().sanitize))
