@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: see DESIGN in CONTRIBUTING.md
+ARCHITECTURES = "8.0+PTX;9.0a"  # 9.0a: wgmma and TMA; the PTX serves chips that are newer than both
 STEMS = ("attention", "attention_decode", "cross_entropy", "norm", "peak", "rotary", "soft_weak_embedding", "swiglu")
 X86 = {  # instruction set: vector bytes, flags
     "v2": (16, "-march=x86-64-v2"),
@@ -40,26 +41,42 @@ def find_nvcc():
     return (nvcc, pathlib.Path(top[1].strip()).resolve()) if top else None
 
 
-def ninja_file(out):
-    """The text of build.ninja; every object has a depfile, so a touched header rebuilds what includes it."""
+def torch_folders():
+    """(g++ flags of torch's headers, folder of its libraries)."""
     try:
         import torch
     except ImportError:
         sys.exit("palm_kernels: install torch>=2.11 first, then `pip install --no-build-isolation .`")
-    torch_dir = pathlib.Path(torch.__file__).parent
-    include = f"-isystem {torch_dir}/include -isystem {torch_dir}/include/torch/csrc/api/include"
+    folder = pathlib.Path(torch.__file__).parent
+    return f"-isystem {folder}/include -isystem {folder}/include/torch/csrc/api/include", folder / "lib"
+
+
+def architecture_flags():
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, such as "8.0+PTX;9.0a"; what is older than 8.0 has no bfloat16 and is left out."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ") or ARCHITECTURES
+    found = re.findall(r"(\d+)\.(\d[af]?)(\+PTX)?", wanted)
+    archs = {major + minor: ("sm", "compute") if ptx else ("sm",) for major, minor, ptx in found if int(major) >= 8}
+    if not archs:
+        sys.exit(f"palm_kernels: TORCH_CUDA_ARCH_LIST={wanted!r} names nothing like 8.0, 8.0+PTX or 9.0a")
+    flags = [f"-gencode arch=compute_{a},code={code}_{a}" for a, codes in archs.items() for code in codes]
+    return " ".join(flags + ["-DPALM_SM90A=1"] * ("90a" in archs))
+
+
+def ninja_file(out):
+    """The text of build.ninja; every object has a depfile, so a touched header rebuilds what includes it."""
+    include, torch_lib = torch_folders()
     isas = " ".join(f"X({isa})" for isa in ISAS)
     lines = [
         f"cflags = -O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
         f"-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized {TARGET}",
         f"rule cxx\n  command = {os.environ.get('CXX', 'g++')} $cflags $flags -MMD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n  description = $out",
-        f"rule link\n  command = {os.environ.get('CXX', 'g++')} -shared $in -o $out -L{torch_dir}/lib $libs "
+        f"rule link\n  command = {os.environ.get('CXX', 'g++')} -shared $in -o $out -L{torch_lib} $libs "
         "-Wl,-z,defs\n  description = $out",
     ]
 
-    def compile(source, name, flags):
-        lines.append(f"build {name}.o: cxx {ROOT}/csrc/{source}\n  flags = {flags}")
+    def compile(source, name, flags, rule="cxx"):
+        lines.append(f"build {name}.o: {rule} {ROOT}/csrc/{source}\n  flags = {flags}")
         return f"{name}.o"
 
     objects = [compile("cpu/bindings.cpp", "cpu_bindings", f"{include} '-DPALM_ISAS(X)={isas}'")]
@@ -69,8 +86,14 @@ def ninja_file(out):
     libs = "-Wl,--no-as-needed -ltorch_cpu -lc10"
     lines.append(f"build {out}/_cpu.so: link {' '.join(objects)}\n  libs = {libs}")
     if cuda := find_nvcc():
-        _, home = cuda
+        nvcc, home = cuda
+        lines.append(
+            f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden $flags "
+            "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = $out"
+        )
         objects = [compile("cuda/bindings.cpp", "cuda_bindings", f"{include} -I{home}/include")]
+        for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            objects.append(compile(f"cuda/{path.name}", f"cuda_{path.stem}", architecture_flags(), "nvcc"))
         libs = f"-L{home}/lib64 -L{home}/lib -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 -Wl,--as-needed "
         libs += "-lcudart_static -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"
         lines.append(f"build {out}/_cuda.so: link {' '.join(objects)}\n  libs = {libs}")
@@ -109,7 +132,8 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-setup(
-    ext_modules=[Extension("palm_kernels._native", [])],
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":  # tests/emulator imports this file
+    setup(
+        ext_modules=[Extension("palm_kernels._native", [])],
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    )

@@ -152,8 +152,9 @@ struct Queue {
 
 }  // namespace palm
 
-// X(name, struct): every CPU launcher `int64_t name(const struct&)`. It returns the first bad row, or -1.
-#define PALM_CPU_OPS(X)                         \
+// X(name, struct): what every compiled backend has. A CPU launcher is `int64_t name(const struct&)` and
+// returns the first bad row, or -1; a CUDA launcher is `void palm::cuda::name(const struct&, const Queue&)`.
+#define PALM_OPS(X)                             \
   X(attention_fwd, Attention)                   \
   X(attention_bwd, Attention)                   \
   X(attention_decode, Attention)                \
@@ -167,6 +168,14 @@ struct Queue {
   X(linear_cross_entropy_rows, CrossEntropy)    \
   X(soft_weak_embedding_fwd, SoftWeakEmbedding) \
   X(soft_weak_embedding_bwd, SoftWeakEmbedding) \
-  X(peak, Peak)                                 \
   X(swiglu_fwd, Swiglu)                         \
+  X(swiglu_bwd, Swiglu)
+
+#define PALM_CPU_OPS(X) \
+  PALM_OPS(X)           \
+  X(peak, Peak)
+
+// Those that have a CUDA launcher; goes when it equals PALM_OPS.
+#define PALM_CUDA_OPS(X) \
+  X(swiglu_fwd, Swiglu)  \
   X(swiglu_bwd, Swiglu)

@@ -38,6 +38,7 @@ KERNELS["parallel_block"] = tuple(
     k for op in ("attention", "rotary", "rms_norm", "layer_norm", "swiglu") for k in KERNELS[op]
 )
 ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # device type: backends, first choice first
+CUDA_ORDER_REASON = "neither is measured on a GPU yet; Triton compiles for the very chip it meets"
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -48,8 +49,20 @@ _load_errors: dict[str, str] = {}  # backend: why its library is not there
 _forced = "auto"
 
 
+def simulated(backend: str) -> bool:
+    """Whether the backend, when forced, serves CPU tensors too: Triton's interpreter, or tests/emulator's library of the CUDA kernels."""
+    if backend == "triton":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return backend == "cuda" and bool(os.environ.get("PALM_KERNELS_CUDA_LIBRARY"))
+
+
+def _library_path(backend: str) -> pathlib.Path:
+    other = os.environ.get("PALM_KERNELS_CUDA_LIBRARY") if backend == "cuda" else None
+    return pathlib.Path(other or pathlib.Path(__file__).parent / f"_{backend}.so")
+
+
 def _load_library(backend: str) -> None:
-    path = pathlib.Path(__file__).parent / f"_{backend}.so"
+    path = _library_path(backend)
     if not path.exists():
         _load_errors[backend] = f"{path.name} is not built: run `{BUILD}`"
         return
@@ -112,13 +125,21 @@ def _on_its_device(function):
     return call
 
 
+def _with_tf32(function):
+    """CUDA functions whose last argument is tf32 follow torch's setting for float32 products."""
+    if function._schema.arguments[-1].name != "tf32":
+        return function
+    return lambda *args: function(*args, torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 @functools.cache
 def _select(stem: str, name: str, device: str, dtype: torch.dtype, forced: str):
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     for choice in ORDER.get(device, ()) if forced == "auto" else (forced,):
-        served = choice in ORDER.get(device, ()) or (choice == "triton" and interpreting)
+        served = choice in ORDER.get(device, ()) or simulated(choice)
         function = _function(choice, stem, name) if served else None
         if function and dtype in dtypes(choice):
+            if choice == "cuda":
+                return _with_tf32(function)
             return _on_its_device(function) if choice == "triton" and device == "cuda" else function
     asked = "" if forced == "auto" else f" by backend {forced!r}"
     reasons = "; ".join(_load_errors.get(b, "") for b in ORDER.get(device, ()) if b in _load_errors)
@@ -247,8 +268,10 @@ def describe() -> str:
         ops = torch.ops.palm_kernels_cpu
         lines.append(f"cpu: instruction set {ops.isa()} of {ops.isas()}, {torch.get_num_threads()} threads")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    lines.append(f"cuda: {_load_errors.get('cuda', 'library loaded')}; {devices} devices visible")
-    lines.append(f"backend in force: {_forced}; order of choice on cuda: {', '.join(ORDER['cuda'])}\n")
+    loaded = f"{_library_path('cuda') if simulated('cuda') else 'library'} loaded"
+    lines.append(f"cuda: {_load_errors.get('cuda', loaded)}; {devices} devices visible")
+    lines.append(f"backend in force: {_forced}")
+    lines.append(f"order of choice on cuda: {', '.join(ORDER['cuda'])} ({CUDA_ORDER_REASON})\n")
     lines.append(f"{'op':24}{'cpu':24}{'triton':20}cuda")
     for op in KERNELS:
         cells = [" ".join(_SHORT[d] for d in dtypes(b)) if _served(b, op) else "-" for b in ("cpu", "triton", "cuda")]

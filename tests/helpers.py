@@ -1,7 +1,5 @@
 """The one comparison that every op test makes: outputs and all gradients against reference.py, within one error budget."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor
 import palm_kernels as pk
 from palm_kernels import dispatch, reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = dispatch.simulated("triton") or dispatch.simulated("cuda")  # GPU kernels, on CPU tensors
 ON_CPU_KERNELS = torch.get_default_device().type == "cpu" and not INTERPRETED
 DTYPES = list(dispatch.dtypes("cpu" if ON_CPU_KERNELS else "triton"))  # float64 on the CPU alone
 needs_float64 = pytest.mark.skipif(

@@ -115,14 +115,15 @@ def test_imports_go_one_way():
             assert others <= (OWN_OPS if path.stem == "parallel_block" else set()), path
 
 
-def test_kernels_never_see_torch():
+def test_native_includes_go_one_way():
+    """Bindings alone see torch and bindings.h; kernels see ops.h, scalar.h and their own folder; cpu and cuda never meet."""
     for path in (ROOT / "csrc").rglob("*.*"):
-        includes = re.findall(r'#include ["<]([^">]+)', path.read_text())
-        torch = [i for i in includes if i.startswith(("torch/", "ATen/", "c10/"))]
-        assert not torch or path.name == "bindings.cpp", f"{path}: {torch}"
-        if path.parent.name in ("cpu", "cuda"):
-            other = {"cpu": "cuda", "cuda": "cpu"}[path.parent.name]
-            assert not [i for i in includes if f"{other}/" in i], path
+        text, bindings = path.read_text(), path.stem == "bindings"
+        own = re.findall(r'#include "([^"]+)', text)
+        torch = [i for i in re.findall(r"#include [\"<]([^\">]+)", text) if i.startswith(("torch/", "ATen/", "c10/"))]
+        allowed = {"../ops.h", "../bindings.h"} if bindings else {"../ops.h", "../scalar.h"}
+        assert bindings or not torch, f"{path}: {torch}"
+        assert [i for i in own if "/" in i and i not in allowed] == [], path
 
 
 def test_import_is_light():
