@@ -4,8 +4,9 @@ PY := .venv/bin/python
 TRITON ?=
 GPU_PY ?= $(or $(wildcard $(PY)),python3)
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+FORMATTED := $(NATIVE) $(wildcard tests/emulator/*.h tests/emulator/*.cu)
 
-.PHONY: help setup build test lint format triton-check gpu-check ner bench wheel clean
+.PHONY: help setup build test lint format triton-check cuda-check gpu-check ner bench wheel clean
 help:
 	@echo "make setup    .venv with $(TORCH), all extras, the kernels built in place"
 	@echo "make build    the kernels alone, after a change in csrc (ninja, incremental)"
@@ -13,6 +14,7 @@ help:
 	@echo "make lint     ruff, clang-format, pyright;  make format writes"
 	@echo "make gpu-check PART=tests|sanitize|speed  on a GPU, with GPU_PY as it is (.venv's python, else python3); all parts by default"
 	@echo "make triton-check  every Triton kernel compiled for sm_80 and sm_90, a table;  TRITON=3.6.0 in an environment of its own"
+	@echo "make cuda-check    every CUDA kernel compiled for sm_80 and sm_90a, a table;  ARGS='--only attention'"
 	@echo "make ner      the example: fine-tune on named entities;  ARGS='--data DIR'"
 	@echo "make bench    benchmarks.report;  ARGS='--quick'"
 	@echo "make wheel    dist/*.whl, tested from an empty directory"
@@ -32,17 +34,19 @@ test: setup
 lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/clang-format --dry-run --Werror $(NATIVE)
+	.venv/bin/clang-format --dry-run --Werror $(FORMATTED)
 	.venv/bin/pyright
 format: setup
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
-	.venv/bin/clang-format -i $(NATIVE)
+	.venv/bin/clang-format -i $(FORMATTED)
 gpu-check:
 	$(GPU_PY) -m benchmarks.gpu_check $(PART) $(ARGS)
 triton-check: setup $(TRITON:%=build/triton-%/ready)
 	PYTHONPATH=. TRITON=$(TRITON) $(or $(TRITON:%=build/triton-%/bin/python),$(PY)) tests/aot/check.py $(ARGS)
 	$(if $(TRITON),build/triton-$(TRITON)/bin/python -m pytest -n 2 tests/interpreter)
+cuda-check: setup
+	$(PY) tests/aot/cuda_check.py $(ARGS)
 build/triton-%/ready: | .venv/ready
 	$(PY) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q "triton==$*" "numpy<2.4"

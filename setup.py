@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = pathlib.Path(__file__).parent.resolve()
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: see DESIGN in CONTRIBUTING.md
 ARCHITECTURES = "8.0+PTX;9.0a"  # 9.0a: wgmma and TMA; the PTX serves chips that are newer than both
+NVCC_FLAGS = "-std=c++17 -O3"
 STEMS = ("attention", "attention_decode", "cross_entropy", "norm", "peak", "rotary", "soft_weak_embedding", "swiglu")
 X86 = {  # instruction set: vector bytes, flags
     "v2": (16, "-march=x86-64-v2"),
@@ -88,7 +89,7 @@ def ninja_file(out):
     if cuda := find_nvcc():
         nvcc, home = cuda
         lines.append(
-            f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden $flags "
+            f"rule nvcc\n  command = {nvcc} {NVCC_FLAGS} -Xcompiler -fPIC -Xcompiler -fvisibility=hidden $flags "
             "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = $out"
         )
         objects = [compile("cuda/bindings.cpp", "cuda_bindings", f"{include} -I{home}/include")]

@@ -13,7 +13,7 @@ import sys
 from compiler import ROOT, SHARED_PER_SM, SYSTEM_SHARED, TOOLS
 
 sys.path.insert(0, str(ROOT))
-import setup as build  # noqa: E402  (the flags of the real build)
+import setup as build
 
 RESULTS = ROOT / "benchmarks/results/cuda-resources"
 ARCHS = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_90a,code=sm_90a"}
@@ -113,14 +113,18 @@ def compile_all(sources: list[pathlib.Path], folder: pathlib.Path) -> tuple[list
     lines = [f"rule cubin\n  command = {command} > $log 2>&1 || (cat $log; false)\n  depfile = $out.d\n  deps = gcc"]
     work = [(s, arch, folder / f"{s.stem}.{arch}.cubin") for s in sources for arch in ARCHS]
     for source, arch, cubin in work:
-        lines.append(f"build {cubin}: cubin {source}\n  flags = -gencode {ARCHS[arch]}\n  log = {cubin.with_suffix('.log')}")
+        lines.append(
+            f"build {cubin}: cubin {source}\n  flags = -gencode {ARCHS[arch]}\n  log = {cubin.with_suffix('.log')}"
+        )
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     ninja = shutil.which("ninja") or str(pathlib.Path(sys.executable).with_name("ninja"))
     if subprocess.run([ninja, "-C", str(folder), "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))]).returncode:
         sys.exit("cuda-check: nvcc failed")
     kernels = [k for _, arch, cubin in work for k in read(cubin, arch)]
     logs = {cubin.name: cubin.with_suffix(".log").read_text() for _, _, cubin in work}
-    warnings = [f"{name}: {line}" for name, log in logs.items() for line in log.splitlines() if "warning" in line.lower()]
+    warnings = [
+        f"{name}: {line}" for name, log in logs.items() for line in log.splitlines() if "warning" in line.lower()
+    ]
     return kernels, warnings
 
 
@@ -140,7 +144,9 @@ def main() -> int:
     kernels.sort(key=lambda k: (k.name, k.arch))
     failures += [broken for k in kernels for broken in k.broken_budgets()]
     nvcc, _ = build.find_nvcc()
-    version = re.findall(r"release \S+ (V\S+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)[0]
+    version = re.findall(
+        r"release \S+ (V\S+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )[0]
     if options.only:
         print(table(kernels))
     else:
@@ -151,7 +157,9 @@ def main() -> int:
         )
         (RESULTS / "README.md").write_text(text)
         entries = ",\n".join(json.dumps(dataclasses.asdict(k)) for k in kernels)
-        (RESULTS / "resources.json").write_text(f'{{"command": "make cuda-check", "nvcc": "{version}", "kernels": [\n{entries}\n]}}\n')
+        (RESULTS / "resources.json").write_text(
+            f'{{"command": "make cuda-check", "nvcc": "{version}", "kernels": [\n{entries}\n]}}\n'
+        )
     print(f"{len(kernels)} kernels, {len(failures)} budgets broken", *failures, sep="\n  ")
     return 1 if failures else 0
 

@@ -9,12 +9,12 @@ import pathlib
 import subprocess
 import sys
 
-import build
+import emulator
 import pytest
 
 TESTS = pathlib.Path(__file__).parent.parent
 FILES = [f for f in sorted(TESTS.glob("test_*.py")) if "mark.kernel" in f.read_text()]
-pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())
+pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not())
 
 
 def run(library, *command, seed=0, **extra):
@@ -32,7 +32,7 @@ def pytest_of(library, file, **options):
 
 @pytest.fixture(scope="session")
 def library():
-    return build.default()
+    return emulator.default()
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -5,18 +5,18 @@ In the emulator, or with PALM_KERNELS_TEST_DEVICE=cuda by nvcc on a GPU, where t
 
 import ctypes
 
-import build
+import emulator
 import pytest
 import torch
 
 atoms = pytest.importorskip("tensor_layouts.atoms_nv")
-pytestmark = [pytest.mark.kernel, pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())]
+pytestmark = [pytest.mark.kernel, pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not())]
 DEVICE = torch.get_default_device()
 
 
 @pytest.fixture(scope="module")
 def probes():
-    return ctypes.CDLL(str(build.probes(on_gpu=DEVICE.type == "cuda")))
+    return ctypes.CDLL(str(emulator.probes(on_gpu=DEVICE.type == "cuda")))
 
 
 def call(function, *args):

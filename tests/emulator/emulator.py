@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda with g++ into a library that runs the kernels on CPU tensors: `python tests/emulator/build.py [--sanitize]`.
+"""Compiles csrc/cuda with g++ into a library that runs the kernels on CPU tensors: `python tests/emulator/emulator.py [--sanitize]`.
 
 PALM_KERNELS_CUDA_LIBRARY=<the printed path> PALM_KERNELS_BACKEND=cuda then serves them. The CUDA toolkit gives headers only.
 """
@@ -85,5 +85,7 @@ def default(sanitize: bool = False) -> pathlib.Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer (run under LD_PRELOAD of libasan)")
+    parser.add_argument(
+        "--sanitize", action="store_true", help="with AddressSanitizer (run under LD_PRELOAD of libasan)"
+    )
     print(default(parser.parse_args().sanitize))
