@@ -1,4 +1,4 @@
-"""`make cuda-check`: compiles csrc/cuda for sm_80 and sm_90a with ptxas -v, writes the table of resources, fails where a budget is broken."""
+"""`make cuda-check`: compiles csrc/cuda for sm_80 and sm_90a with ptxas -v, writes a table of resources, fails where a budget is broken."""
 
 import argparse
 import dataclasses
