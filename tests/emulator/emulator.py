@@ -45,22 +45,34 @@ def rules(sanitize: bool) -> list[str]:
     ]
 
 
-def library(folder: pathlib.Path, *, sanitize: bool = False, planted: dict[str, str] | None = None) -> pathlib.Path:
-    """Build folder/_emulated.so and return it. planted: {file name in csrc/cuda: text to compile in its place}."""
+def library(folder: pathlib.Path, *, sanitize: bool = False) -> pathlib.Path:
+    """Build folder/_emulated.so from this tree and return it."""
     torch_include, torch_lib = build.torch_folders()
-    sources = ROOT / "csrc"
-    if planted:
-        sources = folder / "csrc"
-        shutil.copytree(ROOT / "csrc", sources, dirs_exist_ok=True)
-        for name, text in planted.items():
-            (sources / "cuda" / name).write_text(text)
     lines, objects = rules(sanitize), []
-    for source in sorted([*(sources / "cuda").glob("*.cu"), sources / "cuda" / "bindings.cpp"]):
+    for source in sorted([*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/bindings.cpp"]):
         extra = f"{build.TARGET} {torch_include}" if source.suffix == ".cpp" else ""
         objects.append(f"{source.stem}.o")
         lines.append(f"build {source.stem}.o: cxx {source}\n  flags = {extra}")
-    libs = f"-L{torch_lib} -Wl,--no-as-needed -ltorch_cpu -lc10"
-    ninja(folder, [*lines, f"build _emulated.so: link {' '.join(objects)}\n  libs = {libs}"])
+    ninja(folder, [*lines, link_line(objects, torch_lib)])
+    return folder / "_emulated.so"
+
+
+def link_line(objects: list[str], torch_lib: pathlib.Path) -> str:
+    return f"build _emulated.so: link {' '.join(objects)}\n  libs = -L{torch_lib} -Wl,--no-as-needed -ltorch_cpu -lc10"
+
+
+def planted(folder: pathlib.Path, file: str, old: str, new: str, compiled: str, *, sanitize: bool) -> pathlib.Path:
+    """The library with `old`, which stands once in csrc/cuda/<file>, replaced by `new`; compiled: the .cu that shows it."""
+    whole = default(sanitize).parent
+    text = (ROOT / "csrc/cuda" / file).read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"{file} has {text.count(old)} times {old!r}")
+    shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+    (folder / "csrc/cuda" / file).write_text(text.replace(old, new))
+    others = [str(o) for o in sorted(whole.glob("*.o")) if o.stem != compiled]
+    # first, because of inline functions that several objects hold the linker takes the first
+    line = link_line([f"{compiled}.o", *others], build.torch_folders()[1])
+    ninja(folder, [*rules(sanitize), f"build {compiled}.o: cxx {folder}/csrc/cuda/{compiled}.cu", line])
     return folder / "_emulated.so"
 
 
@@ -76,6 +88,15 @@ def probes(on_gpu: bool) -> pathlib.Path:
     else:
         ninja(folder, [*rules(False), f"build probes.o: cxx {source}", "build probes.so: link probes.o"])
     return out
+
+
+def preloaded() -> dict[str, str]:
+    """Environment for a process that loads a sanitized library."""
+    found = [
+        subprocess.run(["g++", f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip()
+        for n in ("libasan.so", "libstdc++.so.6")
+    ]
+    return {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0"}
 
 
 def default(sanitize: bool = False) -> pathlib.Path:
