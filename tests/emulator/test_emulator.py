@@ -4,10 +4,12 @@ Seed 0 steps all threads in turn; others let one warp run on until it must wait.
 seeds) or at once (odd ones). Under AddressSanitizer every access outside an allocation ends the process.
 """
 
+import argparse
 import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import emulator
 import pytest
@@ -15,6 +17,9 @@ import pytest
 TESTS = pathlib.Path(__file__).parent.parent
 FILES = [f for f in sorted(TESTS.glob("test_*.py")) if "mark.kernel" in f.read_text()]
 pytestmark = pytest.mark.skipif(bool(emulator.why_not()), reason=emulator.why_not())
+
+
+OPTIONS = ("-m", "kernel", "-p", "no:cacheprovider", "-p", "no:xdist")
 
 
 def run(library, *command, seed=0, **extra):
@@ -26,7 +31,7 @@ def run(library, *command, seed=0, **extra):
 
 
 def pytest_of(library, file, **options):
-    done = run(library, "-m", "pytest", file, "-m", "kernel", "-p", "no:cacheprovider", "-p", "no:xdist", **options)
+    done = run(library, "-m", "pytest", file, *OPTIONS, **options)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -39,3 +44,34 @@ def library():
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_file(library, file, seed):
     pytest_of(library, file, seed=seed)
+
+
+def main() -> int:
+    """Every file under every schedule, then under AddressSanitizer: what `make test` has no time for."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--seeds", default="0-4", help="first and last schedule (default: 0-4)")
+    parser.add_argument("--sanitize", action="store_true", help="then seed 0 under AddressSanitizer")
+    parser.add_argument("--only", default="", help="part of a file's name")
+    options = parser.parse_args()
+    first, _, last = options.seeds.partition("-")
+    rounds = [(emulator.default(), seed, {}) for seed in range(int(first), int(last or first) + 1)]
+    if options.sanitize:
+        rounds.append((emulator.default(sanitize=True), 0, emulator.preloaded()))
+    failures = 0
+    for path, seed, extra in rounds:
+        for file in [f for f in FILES if options.only in f.name]:
+            start = time.monotonic()
+            done = run(path, "-m", "pytest", file, *OPTIONS, seed=seed, **extra)
+            failures += done.returncode != 0
+            said = (
+                done.stdout.strip().splitlines()[-1:]
+                if done.returncode == 0
+                else [done.stdout[-4000:], done.stderr[-2000:]]
+            )
+            how = f"seed {seed}{', sanitized' if extra else ''}"
+            print(f"{file.name}, {how}: {time.monotonic() - start:.0f} s", *said, sep="\n  ", flush=True)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
