@@ -54,6 +54,15 @@ BENCHES = {  # stem: benches
             cold=True,
             bandwidth="read",
         ),
+        Bench(
+            "attention",
+            GROUPED,
+            bench_attention.attention,
+            gpu_peers.attention(),
+            quick=0,
+            gate={"B": 1, "H": 8, "K": 2},
+            variant="grouped",
+        ),
     ],
     "cross_entropy": [
         Bench(
@@ -131,14 +140,3 @@ BENCHES = {  # stem: benches
         ),
     ],
 }
-BENCHES["attention"].append(
-    Bench(
-        "attention",
-        GROUPED,
-        bench_attention.attention,
-        gpu_peers.attention(),
-        quick=0,
-        gate={"B": 1, "H": 8, "K": 2},
-        variant="grouped",
-    )
-)

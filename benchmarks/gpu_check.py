@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .tables import write
+
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "gpu-check"
 PARTS = ("tests", "sanitize", "speed")
@@ -312,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     results = go(options.parts, folder, options.quick)
     report = {"machine": describe("cuda"), "results": [r._asdict() for r in results]}
-    (folder / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+    write(folder / "gpu-check.json", json.dumps(report, indent=1) + "\n")
     print("\n" + table(results))
     return int(any(r.verdict in ("failed", "timed out") for r in results))
 

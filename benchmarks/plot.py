@@ -1,6 +1,9 @@
 """The picture of a report: for every case the share of the bound that ours and the best peer reach."""
 
+import io
 from pathlib import Path
+
+from .tables import write
 
 
 def bar_chart(rows: list[dict], title: str, path: Path) -> str:
@@ -33,7 +36,8 @@ def bar_chart(rows: list[dict], title: str, path: Path) -> str:
     axes.set_xlabel("per cent of what the measured peaks allow")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=110)
     pyplot.close(figure)
+    write(path, png.getvalue())
     return f"picture: {path}"

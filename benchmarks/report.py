@@ -39,7 +39,7 @@ from .common import (
     providers_of,
 )
 from .machine import bound, describe, measure_peaks, release, require_gpu, training_memory
-from .tables import complaints, details, markdown_table, number, summary, text_table
+from .tables import complaints, details, markdown_table, number, summary, text_table, write
 
 HERE = Path(__file__).parent
 STEMS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
@@ -161,14 +161,6 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def write(path: Path, text: str) -> None:
-    """Beside, then renamed: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -1,4 +1,7 @@
-"""A report's rows as tables of text."""
+"""A report's rows as tables of text, and how results are written."""
+
+import os
+from pathlib import Path
 
 
 def number(x: float | None, digits: int = 3) -> str:
@@ -48,6 +51,14 @@ def text_table(lines: list[list[str]]) -> str:
 def markdown_table(lines: list[list[str]]) -> str:
     rows = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([rows[0], "|" + " --- |" * len(lines[0]), *rows[1:]])
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Beside, then renamed: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(beside, path)
 
 
 def complaints(rows: list[dict], skipped: list[str] = ()) -> list[str]:

@@ -17,9 +17,12 @@ import palm_kernels as pk
 from palm_kernels import dispatch, reference
 
 ON_GPU = torch.get_default_device().type == "cuda"
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs PALM_KERNELS_TEST_DEVICE=cuda and a GPU")
 every_case = pytest.mark.parametrize("name", CASES)
 BF16 = torch.bfloat16
+
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not ON_GPU, reason="needs PALM_KERNELS_TEST_DEVICE=cuda and a GPU")(test))
 
 
 @pytest.fixture
@@ -60,8 +63,7 @@ def test_case_is_right(name, dtype):
     check_op(case.op, *case.args, **case.kwargs)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @every_case
 def test_other_stream(name):
     """Work on a stream that first waits, then writes the inputs: whatever ran on another stream would read zeros."""
@@ -83,8 +85,7 @@ def test_other_stream(name):
     check(case, ours, expected, douts)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @every_case
 def test_cuda_graph(name, plain):
     """Forward and backward captured once, replayed on other values."""
@@ -106,8 +107,7 @@ def test_cuda_graph(name, plain):
     check(case, captured, case.run(douts), douts)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @every_case
 def test_never_waits_for_the_device(name, plain):
     case = CASES[name](BF16)
@@ -120,8 +120,7 @@ def test_never_waits_for_the_device(name, plain):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @every_case
 def test_compiles_with_inductor(name, plain):
     case = CASES[name](BF16)
@@ -131,8 +130,7 @@ def test_compiles_with_inductor(name, plain):
     within_budget(case, case.run(douts, compiled), douts)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @every_case
 def test_second_device(name):
     if torch.cuda.device_count() < 2:
@@ -145,8 +143,7 @@ def test_second_device(name):
         within_budget(case, case.run(douts), douts)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @every_case
 def test_float64_is_refused(name):
     case = CASES[name](torch.float64)
@@ -154,8 +151,7 @@ def test_float64_is_refused(name):
         case.function(*case.args, **case.kwargs)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @every_case
 @pytest.mark.parametrize("backends", [("triton", "cuda"), ("cuda", "triton")], ids="-then-".join)
 def test_backward_on_another_backend(name, backends):
@@ -176,8 +172,7 @@ def test_backward_on_another_backend(name, backends):
     within_budget(case, (outs, grads), douts)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @pytest.mark.parametrize("D", [64, 256])
 def test_attention_backward_repeats_1000_times(D):
     q, k, v = (randn(2, 300, heads, D, dtype=BF16) for heads in (8, 1, 1))
@@ -192,8 +187,7 @@ def test_attention_backward_repeats_1000_times(D):
     assert different.tolist() == [0, 0, 0, 0] and all(g.isfinite().all() for g in first)
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 def test_tf32_only_where_torch_allows_it():
     q, k, v = (randn(1, 200, heads, 128, grad=False) for heads in (4, 1, 1))
     truth = reference.attention(q.double(), k.double(), v.double(), causal=True)
@@ -223,8 +217,7 @@ WRONG = {  # op: call with data that only the device can see
 }
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @pytest.mark.parametrize("wrong", WRONG)
 def test_device_assertion(wrong):
     """In a process of its own, because an assertion ends the CUDA context."""
@@ -245,8 +238,7 @@ def test_wrong_data_is_wrong(wrong):
         eval(WRONG[wrong], {"torch": torch, "pk": pk})
 
 
-@pytest.mark.gpu
-@needs_gpu
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=name_of)
 def test_model_trains(dtype):
     pytest.importorskip("transformers")
