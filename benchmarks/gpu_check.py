@@ -1,6 +1,6 @@
 """`make gpu-check PART=tests|sanitize|speed`: everything that wants a GPU, in one command, from the source tree.
 
-tests: the tests marked `kernel` and `gpu` on CUDA tensors, once a backend. sanitize: tests/cases.py under compute-sanitizer.
+tests: the tests marked `kernel` and `gpu` on CUDA tensors. sanitize: tests/cases.py under compute-sanitizer. Both once a backend.
 speed: benchmarks.report --device cuda. A part that fails does not stop the next; a table comes last; status 1 if something failed.
 Kernels are compiled into one cache, build/gpu-check. Logs go beside the results: to $OUT if set, else to build/gpu-check.
 """
@@ -67,7 +67,7 @@ def workers() -> int:
 
 def test_files() -> list[str]:
     """Files with tests for a GPU: the others may import what is not installed beside it."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted([*(ROOT / "tests").glob("test_*.py"), ROOT / "tests/emulator/test_fragments.py"])
     marked = [f for f in files if "mark.kernel" in f.read_text() or "mark.gpu" in f.read_text()]
     return [str(f.relative_to(ROOT)) for f in marked]
 
@@ -97,18 +97,20 @@ def speed_step(quick: bool) -> Step:
     return Step("speed", "benchmarks.report", command + ["--quick"] * quick, environment(), LIMIT)
 
 
-def case_step(name: str, tool: str | None, program: list[str] | None = None) -> Step:
-    """A case of tests/cases.py, by itself or under one of compute-sanitizer's tools.
+def case_step(name: str, tool: str | None, backend: str = "triton", program: list[str] | None = None) -> Step:
+    """A case of tests/cases.py on one backend, by itself or under one of compute-sanitizer's tools.
 
     Every tensor gets an allocation of its own, for the tool sees the bounds of allocations and not those of tensors.
     """
     command = program or [sys.executable, str(ROOT / "tests" / "cases.py"), name]
     if tool is None:
-        return Step("sanitize", name, command, environment(PALM_KERNELS_BACKEND="triton"), 240)
+        return Step("sanitize", name, command, environment(PALM_KERNELS_BACKEND=backend), 240)
     options = ["--tool", tool, "--error-exitcode", str(FOUND), "--target-processes", "application-only"]
     options += ["--report-api-errors", "no", "--print-limit", "20"]
-    env = environment(PALM_KERNELS_BACKEND="triton", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return Step("sanitize", f"{name}, {tool}", [sanitizer() or "compute-sanitizer", *options, *command], env, 240)
+    env = environment(PALM_KERNELS_BACKEND=backend, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    return Step(
+        "sanitize", f"{name}, {backend}, {tool}", [sanitizer() or "compute-sanitizer", *options, *command], env, 240
+    )
 
 
 def sanitizer() -> str | None:
@@ -182,21 +184,23 @@ def probe(tool: str, log: Path) -> str:
     """Why the tool cannot be used here, or nothing: it is tried on a program in which there is nothing to find."""
     program = "import torch; torch.ones(8, device='cuda').add_(1); torch.cuda.synchronize(); print('fine')"
     log.unlink(missing_ok=True)
-    if run(case_step("probe", tool, [sys.executable, "-c", program]), log).verdict == "ok":
+    if run(case_step("probe", tool, program=[sys.executable, "-c", program]), log).verdict == "ok":
         return ""
     said = [line.strip("= ") for line in last_lines(log, 60) if not line.startswith("$ ")]
     reasons = [line for line in said if "rror" in line or "not supported" in line]
     return next(iter([*reasons, *said[-1:]]), "it says nothing")
 
 
-def sanitize_tool(tool: str | None, names: list[str], folder: Path, jobs: int, end: float) -> Result:
+def sanitize_tool(tool: str | None, backend: str, quick: bool, folder: Path, jobs: int, end: float) -> Result:
     """Every case in a process of its own, several at a time."""
-    label, start = tool or "without a tool", time.monotonic()
-    logs = {name: BUILD / "sanitize" / f"{label.replace(' ', '-')}-{name}.log" for name in names}
+    label, start, names = f"{backend}, {tool or 'without a tool'}", time.monotonic(), case_names(tool, quick)
+    logs = {name: BUILD / "sanitize" / f"{label.replace(', ', '-').replace(' ', '-')}-{name}.log" for name in names}
     for log in logs.values():
         log.unlink(missing_ok=True)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        done = pool.map(lambda name: run(case_step(name, tool)._replace(limit=left(end, 240)), logs[name]), names)
+        done = pool.map(
+            lambda name: run(case_step(name, tool, backend)._replace(limit=left(end, 240)), logs[name]), names
+        )
         results = list(done)
     with (folder / "sanitize.log").open("a") as whole:
         whole.writelines(logs[name].read_text(errors="replace") for name in names)
@@ -212,7 +216,8 @@ def sanitize_tool(tool: str | None, names: list[str], folder: Path, jobs: int, e
 def sanitize(folder: Path, quick: bool) -> Iterator[Result]:
     end = time.monotonic() + LIMIT
     (folder / "sanitize.log").unlink(missing_ok=True)
-    yield sanitize_tool(None, case_names(None, quick), folder, workers(), end)
+    for backend in backends():
+        yield sanitize_tool(None, backend, quick, folder, workers(), end)
     if sanitizer() is None:
         yield Result("sanitize", "compute-sanitizer", "skipped", 0.0, "compute-sanitizer is not installed")
         return
@@ -220,7 +225,8 @@ def sanitize(folder: Path, quick: bool) -> Iterator[Result]:
         if reason := probe(tool, BUILD / "sanitize" / f"probe-{tool}.log"):
             yield Result("sanitize", tool, "skipped", 0.0, f"does not work here: {reason[:120]}")
         else:
-            yield sanitize_tool(tool, case_names(tool, quick), folder, min(8, workers()), end)
+            for backend in backends():
+                yield sanitize_tool(tool, backend, quick, folder, min(8, workers()), end)
 
 
 def speed(folder: Path, quick: bool) -> Iterator[Result]:
@@ -276,8 +282,13 @@ def go(parts: list[str], folder: Path, quick: bool) -> list[Result]:
 
 def dry_run(parts: list[str], quick: bool) -> None:
     steps = {
-        "tests": [test_step("triton", quick)],
-        "sanitize": [case_step(name, tool) for tool in (None, *TOOLS) for name in case_names(tool, quick)],
+        "tests": [test_step(backend, quick) for backend in backends()],
+        "sanitize": [
+            case_step(name, tool, backend)
+            for tool in (None, *TOOLS)
+            for backend in backends()
+            for name in case_names(tool, quick)
+        ],
         "speed": [speed_step(quick)],
     }
     for part in parts:

@@ -155,14 +155,33 @@ def test_sanitize_part(script, verdicts, notes, folder, monkeypatch, tmp_path):
     monkeypatch.setattr(
         gpu_check,
         "case_step",
-        lambda name, tool, program=None: real(name, tool, program or [sys.executable, "-c", f"print('{name}')"]),
+        lambda name, tool, backend="triton", program=None: real(
+            name, tool, backend, program or [sys.executable, "-c", f"print('{name}')"]
+        ),
     )
+    monkeypatch.setattr(gpu_check, "backends", lambda: ["triton"])
     assert gpu_check.main(["sanitize"]) == ("failed" in verdicts)
     results = json.loads((folder / "gpu-check.json").read_text())["results"]
     assert [r["verdict"] for r in results] == verdicts
     for result, note in zip(results, notes, strict=False):
         assert note in result["note"]
     assert (folder / "sanitize.log").read_text().count("print(") == 2 * len([v for v in verdicts if v != "skipped"])
+
+
+def test_every_backend_is_sanitized(folder, monkeypatch):
+    program = "import os; print('on', os.environ['PALM_KERNELS_BACKEND'])"
+    real = gpu_check.case_step
+    monkeypatch.setattr(
+        gpu_check, "case_step", lambda name, tool, backend: real(name, tool, backend, [sys.executable, "-c", program])
+    )
+    monkeypatch.setattr(gpu_check, "case_names", lambda tool, quick: ["one"])
+    monkeypatch.setattr(gpu_check, "backends", lambda: ["triton", "cuda"])
+    monkeypatch.setattr(gpu_check, "sanitizer", lambda: None)
+    assert gpu_check.main(["sanitize"]) == 0
+    results = json.loads((folder / "gpu-check.json").read_text())["results"]
+    assert [r["name"] for r in results[:2]] == ["triton, without a tool", "cuda, without a tool"]
+    said = (folder / "sanitize.log").read_text()
+    assert "\non triton\n" in said and "\non cuda\n" in said
 
 
 def test_sanitizer_sees_every_tensors_bounds():
