@@ -56,13 +56,13 @@ struct Bounds {
   int lo, hi;
 };
 PALM_DEVICE Bounds visible(const Attention& p, const Sequence& s, int t) {
-  const int64_t diagonal = int64_t(t) + s.S - s.T;
-  int64_t lo = 0, hi = s.S - 1;
-  if (p.right >= 0) hi = min(hi, diagonal + p.right);
-  if (p.causal) hi = min(hi, max(diagonal, int64_t(s.prefix) - 1));
-  if (p.left >= 0) lo = min(max(lo, diagonal - p.left), int64_t(s.S));
-  hi = max(hi, int64_t(-1));
-  if (!s.rank) return {int(lo), int(hi)};
+  const int diagonal = t + s.S - s.T, after = s.T - 1 - t;  // of diagonal to the last key
+  int lo = 0, hi = s.S - 1;
+  if (p.right >= 0 && p.right < after) hi = diagonal + int(p.right);
+  if (p.causal) hi = min(hi, max(diagonal, s.prefix - 1));
+  if (p.left >= 0 && p.left < diagonal) lo = min(diagonal - int(p.left), s.S);
+  hi = max(hi, -1);
+  if (!s.rank) return {lo, hi};
   return {s.rank[lo], s.rank[hi + 1] - 1};
 }
 
@@ -90,6 +90,9 @@ struct RowTile {
   int sequence;
 };
 
+// Query heads of a key/value head.
+PALM_DEVICE int group(const Attention& p) { return int(p.H) / int(p.K); }
+
 // The sequence of a packed batch that owns `slot` and its tile: sequence b begins at slot cu[b] factor /
 // BLOCK
 // + b, which leaves every sequence at least as many slots as it has tiles.
@@ -113,22 +116,23 @@ inline int64_t key_slots(const Attention& p, int BN) {
 }
 
 // Of block `index` of K row_slots(p, BM): later tokens first, since under causal they see more keys.
-PALM_DEVICE RowTile row_tile(const Attention& p, int64_t index, int BM) {
-  const int64_t G = p.H / p.K, slots = p.cu_q ? p.q_rows * G / BM + p.B : p.B * cdiv(p.T * G, BM);
+PALM_DEVICE RowTile row_tile(const Attention& p, int index, int BM) {
+  const int G = group(p), B = int(p.B), K = int(p.K);
   RowTile r;
   int64_t tile;
   if (p.cu_q) {
-    r.head = int(index / slots);
-    r.sequence = locate(p.cu_q, p.B, G, BM, index % slots, tile);
+    const int slots = int(p.q_rows * G / BM) + B;
+    r.head = index / slots;
+    r.sequence = locate(p.cu_q, B, G, BM, index % slots, tile);
     r.slot = index;
-    r.rows = int((p.cu_q[r.sequence + 1] - p.cu_q[r.sequence]) * G);
+    r.rows = (p.cu_q[r.sequence + 1] - p.cu_q[r.sequence]) * G;
   } else {
-    const int64_t tiles = cdiv(p.T * G, BM), bk = index % (p.B * p.K);
-    tile = tiles - 1 - index / (p.B * p.K);
-    r.head = int(bk % p.K);
-    r.sequence = int(bk / p.K);
-    r.slot = r.head * slots + r.sequence * tiles + tile;
-    r.rows = int(p.T * G);
+    r.rows = int(p.T) * G;
+    const int tiles = int(cdiv(r.rows, BM)), bk = index % (B * K);
+    tile = tiles - 1 - index / (B * K);
+    r.head = bk % K;
+    r.sequence = bk / K;
+    r.slot = (int64_t(r.head) * B + r.sequence) * tiles + tile;
   }
   r.first = int(min(tile * BM, int64_t(r.rows)));
   return r;
@@ -153,6 +157,8 @@ PALM_DEVICE T* at_key(const Heads& x, const Sequence& s, int head, int n) {
 // With one they are natural, so that finite stand-ins for -inf, such as the smallest float32, do not
 // overflow.
 PALM_DEVICE bool folds(const Attention& p) { return !p.key_bias && p.scale > 0; }
+// Factor of a difference of scores in the exponent of 2.
+PALM_DEVICE float unit_of(const Attention& p) { return folds(p) ? float(p.scale) * kLog2e : kLog2e; }
 
 // ---- tiles in shared memory: [ROWS][D], 16-byte chunks swizzled within 128 bytes by the row, so that
 // ldmatrix and 16-byte stores meet no bank twice
@@ -170,26 +176,79 @@ PALM_DEVICE T* element_at(T* tile, int row, int column) {
   return chunk_at<D>(tile, row, column / N) + column % N;
 }
 
-// Starts to copy ROWS rows of `dim` elements; row_of(i) is row i's address or null; zeros there and beyond
-// dim. `aligned`: addresses are multiples of 16 bytes. Complete after commit_copies, wait_copies and a
-// barrier.
+// load_rows starts to copy rows 0..count - 1 (count > 0) of `dim` elements into a tile of ROWS, zeros behind
+// both; row_of(i) is row i's address. `fits`: addresses and dim are multiples of 16 bytes. Complete after
+// commit_copies, wait_copies and a barrier.
 template <int D, int ROWS, int THREADS, class T, class RowOf>
-PALM_DEVICE void load_tile(T* tile, int dim, bool aligned, const RowOf& row_of) {
+PALM_DEVICE void load_rows(T* tile, int count, int dim, bool fits, const RowOf& row_of) {
   constexpr int N = kChunk<T>, CHUNKS = D / N;
   static_assert(THREADS % CHUNKS == 0);
   const int chunk = threadIdx.x % CHUNKS, column = chunk * N;
+  if (fits) {
 #pragma unroll
-  for (int i = threadIdx.x / CHUNKS; i < ROWS; i += THREADS / CHUNKS) {
-    const T* row = row_of(i);
-    T* to = chunk_at<D>(tile, i, chunk);
-    if (aligned && (column + N <= dim || column >= dim)) {
-      const bool wanted = row && column < dim;
-      copy_async<16>(to, wanted ? row + column : nullptr, wanted);
-    } else {
+    for (int j = 0; j < ROWS; j += THREADS / CHUNKS) {
+      const int i = j + threadIdx.x / CHUNKS;
+      copy_async<16>(chunk_at<D>(tile, i, chunk), row_of(min(i, count - 1)) + column, i < count && column < dim);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x / CHUNKS; i < ROWS; i += THREADS / CHUNKS) {
+      const T* row = row_of(min(i, count - 1)) + column;
+      T* to = chunk_at<D>(tile, i, chunk);
 #pragma unroll
-      for (int j = 0; j < N; ++j) to[j] = row && column + j < dim ? row[column + j] : T(0.f);
+      for (int j = 0; j < N; ++j) to[j] = i < count && column + j < dim ? row[j] : T(0.f);
     }
   }
+}
+// Kept keys first.. of a sequence, first < kept; `base` is its first key row. One addition an address, or the
+// positions first: a copy keeps later loads behind it.
+template <int D, int ROWS, int THREADS, class T>
+PALM_DEVICE void load_keys(T* tile, const T* base, int64_t stride, const Sequence& s, int first, int dim, bool fits) {
+  constexpr int N = kChunk<T>, STEP = THREADS / (D / N), COUNT = (ROWS + STEP - 1) / STEP;
+  const int chunk = threadIdx.x % (D / N), mine = threadIdx.x / (D / N), count = s.kept - first;
+  if (!fits) {
+    return load_rows<D, ROWS, THREADS>(tile, count, dim, false, [&](int i) {
+      return base + (s.position ? s.position[first + i] : first + i) * stride;
+    });
+  }
+  base += chunk * N;
+  const int end = chunk * N < dim ? count : 0;  // rows of which this thread copies a chunk
+  if (s.position) {
+    int position[COUNT];
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) position[j] = s.position[first + min(mine + j * STEP, count - 1)];
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j)
+      copy_async<16>(chunk_at<D>(tile, mine + j * STEP, chunk), base + position[j] * stride, mine + j * STEP < end);
+  } else {
+    base += (first + mine) * stride;
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j, base += STEP * stride)
+      copy_async<16>(chunk_at<D>(tile, mine + j * STEP, chunk), base, mine + j * STEP < end);
+  }
+}
+
+// Two neighbours, at an even column.
+template <class T>
+PALM_DEVICE void store_pair(T* to, float lo, float hi) {
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<Packet<float, 2>*>(to) = {{lo, hi}};
+  } else {
+    const uint32_t both = pack<T>(lo, hi);
+    memcpy(to, &both, 4);
+  }
+}
+// A chunk of a tile to a row that has `left` more elements.
+template <class T>
+PALM_DEVICE void store_chunk(T* to, const T* chunk, int left, bool fits) {
+  constexpr int N = kChunk<T>;
+  const auto packet = *reinterpret_cast<const Packet<T, N>*>(chunk);
+  if (fits && left >= N)
+    *reinterpret_cast<Packet<T, N>*>(to) = packet;
+  else
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (i < left) to[i] = packet.of[i];
 }
 
 // ---- fragments. Mma<T>: products over K columns. A is 16 rows, B two neighbouring tiles of 8 columns, so
@@ -319,9 +378,137 @@ struct Mma<float> {
   }
 };
 
+// ---- a warp's step of the forward: M tiles of 16 query rows against N tiles of 8 keys, in accumulators.
+// s = q k^T of rows row.. of q and key.. of k.
+template <int D, int M, int N, class T>
+PALM_DEVICE void score(float (&s)[M][N][4], const T* q, int row, const T* k, int key, bool tf32) {
+  using X = Mma<T>;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) s[m][n][c] = 0;
+#pragma unroll
+  for (int d = 0; d < D; d += X::K) {
+    typename X::A a[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) a[m] = X::template load_a<D>(q, row + m * 16, d);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      const typename X::B b = X::template load_b<D>(k, key + n * 8, d);
+#pragma unroll
+      for (int m = 0; m < M; ++m) X::multiply(s[m][n], s[m][n + 1], a[m], b, tf32);
+    }
+  }
+}
+// o += p v, v from row key on.
+template <int D, int M, int N, class T>
+PALM_DEVICE void add_values(float (&o)[M][D / 8][4], const float (&p)[M][N][4], const T* v, int key, bool tf32) {
+  using X = Mma<T>;
+#pragma unroll
+  for (int n = 0; n < N; n += X::K / 8) {
+    typename X::A a[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) a[m] = X::a_of(&p[m][n]);
+#pragma unroll
+    for (int d = 0; d < D; d += 16) {
+      const typename X::B b = X::template load_rows_b<D>(v, key + n * 8, d);
+#pragma unroll
+      for (int m = 0; m < M; ++m) X::multiply(o[m][d / 8], o[m][d / 8 + 1], a[m], b, tf32);
+    }
+  }
+}
+
+// What follows works on one tile of 16 rows, of which a lane has rows g and g + 8.
+// Natural scores, with the bias (shared memory, of the tile's keys) where there is one.
+template <int N>
+PALM_DEVICE void scale_scores(float (&s)[N][4], float scale, const float* bias) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float add = bias ? bias[n * 8 + threadIdx.x % 4 * 2 + c % 2] : 0;
+      s[n][c] = fmaf(s[n][c], scale, add);
+    }
+}
+// -inf for the keys that a row does not see; `first` is the tile's first key.
+template <int N>
+PALM_DEVICE void mask_scores(float (&s)[N][4], int first, const Bounds (&see)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int key = first + n * 8 + threadIdx.x % 4 * 2 + c % 2;
+      if (key < see[c / 2].lo || key > see[c / 2].hi) s[n][c] = -INFINITY;
+    }
+}
+
+// Online softmax: the largest score so far and this lane's part of the sum of exponentials.
+struct RowSums {
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+};
+// What the exponentials of a row are relative to: 0 where it has seen nothing, as -inf - -inf is NaN.
+PALM_DEVICE float base_of(float top) { return top == -INFINITY ? 0 : top; }
+
+// Scores become 2^((s - top) unit); shrink: the factors of what was summed before. Not an fma of s unit and
+// base unit, whose rounding of base blows up beyond 1e8.
+template <int N>
+PALM_DEVICE void exponentials(float (&s)[N][4], RowSums& rows, float unit, float (&shrink)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = rows.top[h], sum = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    top = fmaxf(top, shuffle_xor(top, 1));
+    top = fmaxf(top, shuffle_xor(top, 2));
+    const float base = base_of(top);
+    shrink[h] = exp2_fast((rows.top[h] - base) * unit);
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int c = 2 * h; c < 2 * h + 2; ++c) {
+        s[n][c] = exp2_fast((s[n][c] - base) * unit);
+        sum += s[n][c];
+      }
+    rows.total[h] = rows.total[h] * shrink[h] + sum;
+    rows.top[h] = top;
+  }
+}
+template <int N>
+PALM_DEVICE void scale_rows(float (&o)[N][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) o[n][c] *= factor[c / 2];
+}
+// The sum over the four lanes of a row.
+PALM_DEVICE float row_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+// log sum exp of a row in natural units, -inf where it saw nothing.
+PALM_DEVICE float log_sum(float top, float total, float unit) {
+  return total == 0 ? -INFINITY : top * (unit / kLog2e) + logf(total);
+}
+
 // ---- made on the device before attention's kernels run
 Keys compact_keys(const Attention& p, const Queue& queue);
 void check_offsets(const Attention& p, const Queue& queue);
+
+// f(D): the bucket of head dims, zeros beyond the real one.
+template <class F>
+void with_head_dim(int64_t D, F&& f) {
+  if (D <= 64) return f(std::integral_constant<int, 64>{});
+  if (D <= 128) return f(std::integral_constant<int, 128>{});
+  f(std::integral_constant<int, 256>{});
+}
+
+// Shared memory that a block may have, less on the chips beside the data centre's.
+inline size_t shared_limit(const Queue& queue) {
+  const bool small = queue.arch == 86 || queue.arch == 89 || queue.arch >= 120;
+  return (small ? 99 : queue.arch < 90 ? 163 : 227) << 10;
+}
 
 // Whether every row of x begins at a multiple of 16 bytes.
 template <class T>
