@@ -188,7 +188,8 @@ PALM_DEVICE void load_rows(T* tile, int count, int dim, bool fits, const RowOf& 
 #pragma unroll
     for (int j = 0; j < ROWS; j += THREADS / CHUNKS) {
       const int i = j + threadIdx.x / CHUNKS;
-      copy_async<16>(chunk_at<D>(tile, i, chunk), row_of(min(i, count - 1)) + column, i < count && column < dim);
+      copy_async<16>(chunk_at<D>(tile, i, chunk), row_of(min(i, count - 1)) + column,
+                     i < count && column < dim);
     }
   } else {
 #pragma unroll 1
@@ -203,7 +204,8 @@ PALM_DEVICE void load_rows(T* tile, int count, int dim, bool fits, const RowOf& 
 // Kept keys first.. of a sequence, first < kept; `base` is its first key row. One addition an address, or the
 // positions first: a copy keeps later loads behind it.
 template <int D, int ROWS, int THREADS, class T>
-PALM_DEVICE void load_keys(T* tile, const T* base, int64_t stride, const Sequence& s, int first, int dim, bool fits) {
+PALM_DEVICE void load_keys(T* tile, const T* base, int64_t stride, const Sequence& s, int first, int dim,
+                           bool fits) {
   constexpr int N = kChunk<T>, STEP = THREADS / (D / N), COUNT = (ROWS + STEP - 1) / STEP;
   const int chunk = threadIdx.x % (D / N), mine = threadIdx.x / (D / N), count = s.kept - first;
   if (!fits) {
@@ -219,7 +221,8 @@ PALM_DEVICE void load_keys(T* tile, const T* base, int64_t stride, const Sequenc
     for (int j = 0; j < COUNT; ++j) position[j] = s.position[first + min(mine + j * STEP, count - 1)];
 #pragma unroll
     for (int j = 0; j < COUNT; ++j)
-      copy_async<16>(chunk_at<D>(tile, mine + j * STEP, chunk), base + position[j] * stride, mine + j * STEP < end);
+      copy_async<16>(chunk_at<D>(tile, mine + j * STEP, chunk), base + position[j] * stride,
+                     mine + j * STEP < end);
   } else {
     base += (first + mine) * stride;
 #pragma unroll
@@ -232,23 +235,20 @@ PALM_DEVICE void load_keys(T* tile, const T* base, int64_t stride, const Sequenc
 template <class T>
 PALM_DEVICE void store_pair(T* to, float lo, float hi) {
   if constexpr (sizeof(T) == 4) {
-    *reinterpret_cast<Packet<float, 2>*>(to) = {{lo, hi}};
+    *reinterpret_cast<float2*>(to) = make_float2(lo, hi);
   } else {
     const uint32_t both = pack<T>(lo, hi);
-    memcpy(to, &both, 4);
+    memcpy(__builtin_assume_aligned(to, 4), &both, 4);
   }
 }
 // A chunk of a tile to a row that has `left` more elements.
 template <class T>
 PALM_DEVICE void store_chunk(T* to, const T* chunk, int left, bool fits) {
   constexpr int N = kChunk<T>;
-  const auto packet = *reinterpret_cast<const Packet<T, N>*>(chunk);
-  if (fits && left >= N)
-    *reinterpret_cast<Packet<T, N>*>(to) = packet;
-  else
+  if (fits && left >= N) return store_16(to, *reinterpret_cast<const uint4*>(chunk));
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (i < left) to[i] = packet.of[i];
+  for (int i = 0; i < N; ++i)
+    if (i < left) to[i] = chunk[i];
 }
 
 // ---- fragments. Mma<T>: products over K columns. A is 16 rows, B two neighbouring tiles of 8 columns, so
@@ -404,7 +404,8 @@ PALM_DEVICE void score(float (&s)[M][N][4], const T* q, int row, const T* k, int
 }
 // o += p v, v from row key on.
 template <int D, int M, int N, class T>
-PALM_DEVICE void add_values(float (&o)[M][D / 8][4], const float (&p)[M][N][4], const T* v, int key, bool tf32) {
+PALM_DEVICE void add_values(float (&o)[M][D / 8][4], const float (&p)[M][N][4], const T* v, int key,
+                            bool tf32) {
   using X = Mma<T>;
 #pragma unroll
   for (int n = 0; n < N; n += X::K / 8) {

@@ -1,9 +1,9 @@
 // Attention forward (Dao 2022, algorithm 1) with mma.sync: a block takes BM packed rows of one key/value head
 // through the tiles of BN keys that they see.
 //
-// While the products with one tile of K run, its V and the next K are under way (cp.async): K has two buffers,
-// V one. At head dims 64 and 128 a warp has 32 rows, so that each fragment of K and V serves two products;
-// fragments of Q are read again for every tile, which leaves the registers to the sums.
+// While the products with one tile of K run, its V and the next K are under way (cp.async): K has two
+// buffers, V one. At head dims 64 and 128 a warp has 32 rows, so that each fragment of K and V serves two
+// products; fragments of Q are read again for every tile, which leaves the registers to the sums.
 #include "attention.cuh"
 
 namespace palm::cuda {
@@ -15,7 +15,7 @@ struct Work {
   Sequence s;
   Range tiles;
   const T *k, *v;  // of the sequence's first key
-  bool fits;          // 16-byte accesses
+  bool fits;       // 16-byte accesses
 };
 
 template <class T_, int D_, int BM_, int BN_, int WARPS>
@@ -68,7 +68,8 @@ PALM_DEVICE void load_q(const X& x) {
 template <class X>
 PALM_DEVICE void load_k(const X& x, int tile) {
   const int buffer = tile & 1, i = threadIdx.x, n = tile * X::BN + i;
-  load_keys<X::D, X::BN, X::THREADS>(x.k + buffer * X::BN * X::D, x.w.k, x.p.k.token, x.w.s, tile * X::BN, int(x.p.D), x.w.fits);
+  load_keys<X::D, X::BN, X::THREADS>(x.k + buffer * X::BN * X::D, x.w.k, x.p.k.token, x.w.s, tile * X::BN,
+                                     int(x.p.D), x.w.fits);
   if (x.w.s.bias && i < X::BN) copy_async<4>(x.bias + buffer * X::BN + i, x.w.s.bias + n, n < x.w.s.kept);
 }
 template <class X>
@@ -91,7 +92,8 @@ PALM_DEVICE void softmax(const X& x, float (&s)[X::M][X::N][4], RowSums (&sums)[
 #pragma unroll
     for (int m = 0; m < X::M; ++m) {
       const int a = m * 16 + lane / 4, b = a + 8;
-      mask_scores(s[m], tile * X::BN, {{shuffle(mine.lo, a), shuffle(mine.hi, a)}, {shuffle(mine.lo, b), shuffle(mine.hi, b)}});
+      mask_scores(s[m], tile * X::BN,
+                  {{shuffle(mine.lo, a), shuffle(mine.hi, a)}, {shuffle(mine.lo, b), shuffle(mine.hi, b)}});
     }
   }
 #pragma unroll
@@ -118,10 +120,12 @@ PALM_DEVICE void store_out(const X& x, RowSums (&sums)[X::M], float (&o)[X::M][X
       const int i = m * 16 + h * 8 + g;
       const float total = row_sum(sums[m].total[h]), inverse = total == 0 ? 0 : 1 / total;
       if (t == 0 && first + i < rows)
-        *at_row<float>(x.p.lse, s, G, x.w.rows.head, first + i) = log_sum(sums[m].top[h], total, unit_of(x.p));
+        *at_row<float>(x.p.lse, s, G, x.w.rows.head, first + i) =
+            log_sum(sums[m].top[h], total, unit_of(x.p));
 #pragma unroll
       for (int d = 0; d < X::D / 8; ++d)
-        store_pair(element_at<X::D>(tile, i, d * 8 + 2 * t), o[m][d][2 * h] * inverse, o[m][d][2 * h + 1] * inverse);
+        store_pair(element_at<X::D>(tile, i, d * 8 + 2 * t), o[m][d][2 * h] * inverse,
+                   o[m][d][2 * h + 1] * inverse);
     }
   sync_warp();
   T* const out = static_cast<T*>(x.p.out.data);
@@ -171,7 +175,8 @@ template <class X>
 static void forward(const Attention& p, const Keys& keys, const Queue& queue) {
   using T = typename X::T;
   const int64_t blocks = row_slots(p, X::BM) * p.K;
-  const bool fits = p.D % kChunk<T> == 0 && aligned<T>(p.q) && aligned<T>(p.k) && aligned<T>(p.v) && aligned<T>(p.out);
+  const bool fits =
+      p.D % kChunk<T> == 0 && aligned<T>(p.q) && aligned<T>(p.k) && aligned<T>(p.v) && aligned<T>(p.out);
   if (blocks) launch<attention_fwd_kernel<X>>(dim3(blocks), X::THREADS, X::kShared, queue, p, keys, fits);
 }
 
