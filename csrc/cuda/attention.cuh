@@ -176,59 +176,59 @@ PALM_DEVICE T* element_at(T* tile, int row, int column) {
   return chunk_at<D>(tile, row, column / N) + column % N;
 }
 
-// load_rows starts to copy rows 0..count - 1 (count > 0) of `dim` elements into a tile of ROWS, zeros behind
-// both; row_of(i) is row i's address. `fits`: addresses and dim are multiples of 16 bytes. Complete after
-// commit_copies, wait_copies and a barrier.
+// What this lane gives ldmatrix for rows row..row + 15 and chunks chunk, chunk + 1 (row a multiple of 8,
+// chunk even). Matrices 0 to 3: both row halves of the first chunk, then of the second; with CHUNKS_FIRST
+// both chunks of the first rows, then of the others. The lane's part takes four values at most, the rest are
+// constants beside the tile's address.
+template <int D, bool CHUNKS_FIRST, class T>
+PALM_DEVICE const T* lane_chunk(const T* tile, int row, int chunk) {
+  const int lane = threadIdx.x % 32, low = lane >> 3 & 1, high = lane >> 4;
+  const int lane_row = (lane & 7) + (CHUNKS_FIRST ? high : low) * 8;
+  const int swizzled = (CHUNKS_FIRST ? low : high) ^ (lane & 7) ^ (chunk & 7);
+  return tile + (lane_row * D + swizzled * kChunk<T>)+(row * D + (chunk & ~7) * kChunk<T>);
+}
+
+// Starts to copy ROWS rows of `dim` elements; row_of(i) is row i's address or null; zeros there and beyond
+// dim. `aligned`: addresses are multiples of 16 bytes. Complete after commit_copies, wait_copies and a
+// barrier.
 template <int D, int ROWS, int THREADS, class T, class RowOf>
-PALM_DEVICE void load_rows(T* tile, int count, int dim, bool fits, const RowOf& row_of) {
-  constexpr int N = kChunk<T>, CHUNKS = D / N;
-  static_assert(THREADS % CHUNKS == 0);
-  const int chunk = threadIdx.x % CHUNKS, column = chunk * N;
-  if (fits) {
+PALM_DEVICE void load_tile(T* tile, int dim, bool aligned, const RowOf& row_of) {
+  constexpr int N = kChunk<T>, CHUNKS = D / N, STEP = THREADS / CHUNKS, COUNT = ROWS / STEP;
+  static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0);
+  const int thread = thread_again(), chunk = thread % CHUNKS, first = thread / CHUNKS, column = chunk * N;
+  if (aligned && (column + N <= dim || column >= dim)) {
+    const T* from[COUNT];  // all first: what row_of reads would wait behind the copies
 #pragma unroll
-    for (int j = 0; j < ROWS; j += THREADS / CHUNKS) {
-      const int i = j + threadIdx.x / CHUNKS;
-      copy_async<16>(chunk_at<D>(tile, i, chunk), row_of(min(i, count - 1)) + column,
-                     i < count && column < dim);
-    }
+    for (int j = 0; j < COUNT; ++j) from[j] = row_of(first + j * STEP);
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j)
+      copy_async<16>(chunk_at<D>(tile, first + j * STEP, chunk), from[j] + column, from[j] && column < dim);
   } else {
 #pragma unroll 1
-    for (int i = threadIdx.x / CHUNKS; i < ROWS; i += THREADS / CHUNKS) {
-      const T* row = row_of(min(i, count - 1)) + column;
+    for (int i = first; i < ROWS; i += STEP) {
+      const T* row = row_of(i);
       T* to = chunk_at<D>(tile, i, chunk);
 #pragma unroll
-      for (int j = 0; j < N; ++j) to[j] = i < count && column + j < dim ? row[j] : T(0.f);
+      for (int j = 0; j < N; ++j) to[j] = row && column + j < dim ? row[column + j] : T(0.f);
     }
   }
 }
-// Kept keys first.. of a sequence, first < kept; `base` is its first key row. One addition an address, or the
-// positions first: a copy keeps later loads behind it.
+// Kept keys first.. of a sequence whose first key row is `base`: without positions one addition an address.
 template <int D, int ROWS, int THREADS, class T>
 PALM_DEVICE void load_keys(T* tile, const T* base, int64_t stride, const Sequence& s, int first, int dim,
-                           bool fits) {
-  constexpr int N = kChunk<T>, STEP = THREADS / (D / N), COUNT = (ROWS + STEP - 1) / STEP;
-  const int chunk = threadIdx.x % (D / N), mine = threadIdx.x / (D / N), count = s.kept - first;
-  if (!fits) {
-    return load_rows<D, ROWS, THREADS>(tile, count, dim, false, [&](int i) {
-      return base + (s.position ? s.position[first + i] : first + i) * stride;
+                           bool aligned) {
+  constexpr int N = kChunk<T>, CHUNKS = D / N, STEP = THREADS / CHUNKS;
+  const int count = s.kept - first;
+  if (s.position || !aligned || dim % N) {
+    return load_tile<D, ROWS, THREADS>(tile, dim, aligned, [&](int i) -> const T* {
+      return i < count ? base + (s.position ? s.position[first + i] : first + i) * stride : nullptr;
     });
   }
-  base += chunk * N;
-  const int end = chunk * N < dim ? count : 0;  // rows of which this thread copies a chunk
-  if (s.position) {
-    int position[COUNT];
+  const int thread = thread_again(), column = thread % CHUNKS * N, mine = thread / CHUNKS;
+  const T* from = base + (first + mine) * stride + column;
 #pragma unroll
-    for (int j = 0; j < COUNT; ++j) position[j] = s.position[first + min(mine + j * STEP, count - 1)];
-#pragma unroll
-    for (int j = 0; j < COUNT; ++j)
-      copy_async<16>(chunk_at<D>(tile, mine + j * STEP, chunk), base + position[j] * stride,
-                     mine + j * STEP < end);
-  } else {
-    base += (first + mine) * stride;
-#pragma unroll
-    for (int j = 0; j < COUNT; ++j, base += STEP * stride)
-      copy_async<16>(chunk_at<D>(tile, mine + j * STEP, chunk), base, mine + j * STEP < end);
-  }
+  for (int j = 0; j < ROWS; j += STEP, from += STEP * stride)
+    copy_async<16>(chunk_at<D>(tile, mine + j, column / N), from, mine + j < count && column < dim);
 }
 
 // Two neighbours, at an even column.
@@ -238,7 +238,7 @@ PALM_DEVICE void store_pair(T* to, float lo, float hi) {
     *reinterpret_cast<float2*>(to) = make_float2(lo, hi);
   } else {
     const uint32_t both = pack<T>(lo, hi);
-    memcpy(__builtin_assume_aligned(to, 4), &both, 4);
+    memcpy(__builtin_assume_aligned(static_cast<void*>(to), 4), &both, 4);
   }
 }
 // A chunk of a tile to a row that has `left` more elements.
@@ -266,26 +266,22 @@ struct Mma {
   // Rows row..row + 15 of a tile, columns k..k + K - 1.
   template <int D>
   static PALM_DEVICE A load_a(const T* tile, int row, int k) {
-    const int lane = threadIdx.x % 32;
     A a;
-    ldmatrix<false>(a.r, chunk_at<D>(tile, row + (lane & 15), k / kChunk<T> + (lane >> 4)));
+    ldmatrix<false>(a.r, lane_chunk<D, false>(tile, row, k / kChunk<T>));
     return a;
   }
   // Of the transposed tile: its columns are rows n..n + 15, its rows columns k..k + K - 1.
   template <int D>
   static PALM_DEVICE B load_b(const T* tile, int n, int k) {
-    const int lane = threadIdx.x % 32;
     B b;
-    ldmatrix<false>(b.r,
-                    chunk_at<D>(tile, n + (lane & 7) + (lane >> 4) * 8, k / kChunk<T> + (lane >> 3 & 1)));
+    ldmatrix<false>(b.r, lane_chunk<D, true>(tile, n, k / kChunk<T>));
     return b;
   }
   // Of the tile as it stands: rows k..k + K - 1, columns n..n + 15. Goes with `a_of` of accumulators.
   template <int D>
   static PALM_DEVICE B load_rows_b(const T* tile, int k, int n) {
-    const int lane = threadIdx.x % 32;
     B b;
-    ldmatrix<true>(b.r, chunk_at<D>(tile, k + (lane & 15), n / kChunk<T> + (lane >> 4)));
+    ldmatrix<true>(b.r, lane_chunk<D, false>(tile, k, n / kChunk<T>));
     return b;
   }
   // The K / 8 neighbouring accumulator tiles c[0..], rounded to T, as the left operand of the next product.
@@ -313,16 +309,14 @@ struct Mma<float> {
 
   template <int D>
   static PALM_DEVICE A load_a(const float* tile, int row, int k) {
-    const int lane = threadIdx.x % 32;
     A a;
-    ldmatrix<false>(a.r, chunk_at<D>(tile, row + (lane & 15), k / 4 + (lane >> 4)));
+    ldmatrix<false>(a.r, lane_chunk<D, false>(tile, row, k / 4));
     return a;
   }
   template <int D>
   static PALM_DEVICE B load_b(const float* tile, int n, int k) {
-    const int lane = threadIdx.x % 32;
     B b;
-    ldmatrix<false>(b.r, chunk_at<D>(tile, n + (lane & 7) + (lane >> 4) * 8, k / 4 + (lane >> 3 & 1)));
+    ldmatrix<false>(b.r, lane_chunk<D, true>(tile, n, k / 4));
     return b;
   }
   // Accumulators hold columns 2 t and 2 t + 1, the left operand k = t and t + 4: both operands number k so
@@ -377,121 +371,6 @@ struct Mma<float> {
     product(pa.big, pb.big);
   }
 };
-
-// ---- a warp's step of the forward: M tiles of 16 query rows against N tiles of 8 keys, in accumulators.
-// s = q k^T of rows row.. of q and key.. of k.
-template <int D, int M, int N, class T>
-PALM_DEVICE void score(float (&s)[M][N][4], const T* q, int row, const T* k, int key, bool tf32) {
-  using X = Mma<T>;
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) s[m][n][c] = 0;
-#pragma unroll
-  for (int d = 0; d < D; d += X::K) {
-    typename X::A a[M];
-#pragma unroll
-    for (int m = 0; m < M; ++m) a[m] = X::template load_a<D>(q, row + m * 16, d);
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      const typename X::B b = X::template load_b<D>(k, key + n * 8, d);
-#pragma unroll
-      for (int m = 0; m < M; ++m) X::multiply(s[m][n], s[m][n + 1], a[m], b, tf32);
-    }
-  }
-}
-// o += p v, v from row key on.
-template <int D, int M, int N, class T>
-PALM_DEVICE void add_values(float (&o)[M][D / 8][4], const float (&p)[M][N][4], const T* v, int key,
-                            bool tf32) {
-  using X = Mma<T>;
-#pragma unroll
-  for (int n = 0; n < N; n += X::K / 8) {
-    typename X::A a[M];
-#pragma unroll
-    for (int m = 0; m < M; ++m) a[m] = X::a_of(&p[m][n]);
-#pragma unroll
-    for (int d = 0; d < D; d += 16) {
-      const typename X::B b = X::template load_rows_b<D>(v, key + n * 8, d);
-#pragma unroll
-      for (int m = 0; m < M; ++m) X::multiply(o[m][d / 8], o[m][d / 8 + 1], a[m], b, tf32);
-    }
-  }
-}
-
-// What follows works on one tile of 16 rows, of which a lane has rows g and g + 8.
-// Natural scores, with the bias (shared memory, of the tile's keys) where there is one.
-template <int N>
-PALM_DEVICE void scale_scores(float (&s)[N][4], float scale, const float* bias) {
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const float add = bias ? bias[n * 8 + threadIdx.x % 4 * 2 + c % 2] : 0;
-      s[n][c] = fmaf(s[n][c], scale, add);
-    }
-}
-// -inf for the keys that a row does not see; `first` is the tile's first key.
-template <int N>
-PALM_DEVICE void mask_scores(float (&s)[N][4], int first, const Bounds (&see)[2]) {
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int key = first + n * 8 + threadIdx.x % 4 * 2 + c % 2;
-      if (key < see[c / 2].lo || key > see[c / 2].hi) s[n][c] = -INFINITY;
-    }
-}
-
-// Online softmax: the largest score so far and this lane's part of the sum of exponentials.
-struct RowSums {
-  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-};
-// What the exponentials of a row are relative to: 0 where it has seen nothing, as -inf - -inf is NaN.
-PALM_DEVICE float base_of(float top) { return top == -INFINITY ? 0 : top; }
-
-// Scores become 2^((s - top) unit); shrink: the factors of what was summed before. Not an fma of s unit and
-// base unit, whose rounding of base blows up beyond 1e8.
-template <int N>
-PALM_DEVICE void exponentials(float (&s)[N][4], RowSums& rows, float unit, float (&shrink)[2]) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float top = rows.top[h], sum = 0;
-#pragma unroll
-    for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-    top = fmaxf(top, shuffle_xor(top, 1));
-    top = fmaxf(top, shuffle_xor(top, 2));
-    const float base = base_of(top);
-    shrink[h] = exp2_fast((rows.top[h] - base) * unit);
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int c = 2 * h; c < 2 * h + 2; ++c) {
-        s[n][c] = exp2_fast((s[n][c] - base) * unit);
-        sum += s[n][c];
-      }
-    rows.total[h] = rows.total[h] * shrink[h] + sum;
-    rows.top[h] = top;
-  }
-}
-template <int N>
-PALM_DEVICE void scale_rows(float (&o)[N][4], const float (&factor)[2]) {
-#pragma unroll
-  for (int n = 0; n < N; ++n)
-#pragma unroll
-    for (int c = 0; c < 4; ++c) o[n][c] *= factor[c / 2];
-}
-// The sum over the four lanes of a row.
-PALM_DEVICE float row_sum(float x) {
-  x += shuffle_xor(x, 1);
-  return x + shuffle_xor(x, 2);
-}
-// log sum exp of a row in natural units, -inf where it saw nothing.
-PALM_DEVICE float log_sum(float top, float total, float unit) {
-  return total == 0 ? -INFINITY : top * (unit / kLog2e) + logf(total);
-}
 
 // ---- made on the device before attention's kernels run
 Keys compact_keys(const Attention& p, const Queue& queue);
