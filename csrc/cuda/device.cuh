@@ -191,6 +191,15 @@ PALM_DEVICE uint32_t pack(float lo, float hi) {
   return bits;
 }
 
+// a b, rounded: never a part of a fused multiply-add (the emulator is built with -ffp-contract=off).
+PALM_DEVICE float product(float a, float b) {
+#if defined(PALM_EMULATE)
+  return a * b;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+
 // 2^x, within 2 ulp; subnormal results are 0.
 PALM_DEVICE float exp2_fast(float x) {
 #if defined(PALM_EMULATE)
