@@ -47,7 +47,6 @@ PALM_DEVICE Label label(const CrossEntropy& p, int64_t r) {
 template <class T>
 struct Row {
   static constexpr int N = kPacket<T>;
-  using P = Packet<T, N>;
   T* data;
   int cols;
   int ahead;
@@ -60,23 +59,22 @@ struct Row {
   PALM_DEVICE int to(int c) const { return max(min(cols - c, N), 0); }
   PALM_DEVICE bool whole(int c) const { return c >= 0 && c + N <= cols; }
 
-  PALM_DEVICE P load(int c) const {
-    if (whole(c)) return *reinterpret_cast<const P*>(data + c);
-    P packet;
+  PALM_DEVICE uint4 load(int c) const {
+    if (whole(c)) return load_16(data + c);
     const int i0 = from(c), i1 = to(c);
+    T part[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) packet.of[i] = i >= i0 && i < i1 ? data[c + i] : from_float<T>(0);
-    return packet;
+    for (int i = 0; i < N; ++i) part[i] = i >= i0 && i < i1 ? data[c + i] : from_float<T>(0);
+    uint4 words;
+    memcpy(&words, part, 16);
+    return words;
   }
-  PALM_DEVICE void store(int c, const P& packet, bool at_once) const {
-    if (at_once && whole(c)) {
-      *reinterpret_cast<P*>(data + c) = packet;
-      return;
-    }
+  PALM_DEVICE void store(int c, const float (&v)[N], bool at_once) const {
+    if (at_once && whole(c)) return store_16(data + c, packed<T>(v));
     const int i0 = from(c), i1 = to(c);
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (i >= i0 && i < i1) data[c + i] = packet.of[i];
+      if (i >= i0 && i < i1) data[c + i] = from_float<T>(v[i]);
   }
 };
 
@@ -120,7 +118,7 @@ PALM_DEVICE Running run(const Row<T>& x, int lane, int width, float scale, bool 
   constexpr int N = Row<T>::N;
   Running m;
   for (int k = lane, end = x.packets(); k < end; k += kStep * width) {
-    typename Row<T>::P packets[kStep];
+    uint4 packets[kStep];
 #pragma unroll
     for (int u = 0; u < kStep; ++u) packets[u] = x.load(x.first(k + u * width));
 #pragma unroll
@@ -128,10 +126,9 @@ PALM_DEVICE Running run(const Row<T>& x, int lane, int width, float scale, bool 
       const int c = x.first(k + u * width);
       const int from = x.from(c), to = x.to(c);
       float z[N];
+      unpack<T>(z, packets[u]);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        z[i] = product(scale, to_float(packets[u].of[i]));
-      }
+      for (int i = 0; i < N; ++i) z[i] = product(scale, z[i]);
       if (to - from < N) {
 #pragma unroll
         for (int i = 0; i < N; ++i)
@@ -197,12 +194,11 @@ struct Slope {
   }
 
   template <class T>
-  PALM_DEVICE void apply(typename Row<T>::P& packet, const Row<T>& x, int c) const {
+  PALM_DEVICE void apply(float (&v)[Row<T>::N], const Row<T>& x, int c) const {
     constexpr int N = Row<T>::N;
-    float v[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float gap = product(scale, to_float(packet.of[i])) - lse;
+      const float gap = product(scale, v[i]) - lse;
       v[i] = a * (gap < kLowest ? 0 : exp2_fast(kLog2e * gap));
     }
     if (smooth) {
@@ -216,22 +212,24 @@ struct Slope {
       for (int i = 0; i < N; ++i)
         if (c + i == y) v[i] -= d;
     }
-#pragma unroll
-    for (int i = 0; i < N; ++i) packet.of[i] = from_float<T>(v[i]);
   }
 
   // A lane's kStep packets from k on. out may be x, or begin at another place between multiples of 16 bytes.
   template <class T>
   PALM_DEVICE void step(const Row<T>& x, const Row<T>& out, int k, int width) const {
-    typename Row<T>::P packets[kStep] = {};
+    uint4 packets[kStep];
 #pragma unroll
     for (int u = 0; u < kStep; ++u)
       if (kept) packets[u] = x.load(x.first(k + u * width));
 #pragma unroll
     for (int u = 0; u < kStep; ++u) {
       const int c = x.first(k + u * width);
-      if (kept) apply(packets[u], x, c);
-      out.store(c, packets[u], x.ahead == out.ahead);
+      float v[Row<T>::N] = {};
+      if (kept) {
+        unpack<T>(v, packets[u]);
+        apply(v, x, c);
+      }
+      out.store(c, v, x.ahead == out.ahead);
     }
   }
 };
