@@ -5,8 +5,9 @@
 #include "common.cuh"
 
 namespace palm::cuda {
+namespace {
 
-constexpr int kStep = 3;  // packets of a lane that are under way together: with four rows_kernel spills
+constexpr int kStep = 3;  // packets of a lane that are under way together: with four the rows' kernel spills
 // Bytes of a row from which it has a block of 1,024 threads, of which a multiprocessor holds one: the rows
 // under way (132 of 256 KB on an H100) are still in the second cache when they are read again.
 constexpr int64_t kLongRow = 1 << 16;
@@ -20,7 +21,7 @@ constexpr float kLowest = -87.33f;
 struct Factors {
   float logit_scale, keep, share, z_loss;
 };
-static Factors factors(const CrossEntropy& p) {
+Factors factors(const CrossEntropy& p) {
   const double eps = p.label_smoothing, V = static_cast<double>(p.cols);
   return {float(p.logit_scale), float(1 - eps), float(eps == 0 ? 0 : eps / V), float(p.z_loss)};
 }
@@ -45,12 +46,12 @@ PALM_DEVICE Label label(const CrossEntropy& p, int64_t r) {
 // A row in packets that begin at multiples of 16 bytes, wherever the row does: packet k holds columns
 // first(k) to first(k) + N - 1, of which the first and the last packet may lack some.
 template <class T>
-struct Row {
+struct Logits {
   static constexpr int N = kPacket<T>;
   T* data;
   int cols;
   int ahead;
-  PALM_DEVICE Row(T* data, int64_t cols)
+  PALM_DEVICE Logits(T* data, int64_t cols)
       : data(data), cols(static_cast<int>(cols)), ahead(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T)) {}
   PALM_DEVICE int packets() const { return cols ? (cols + ahead + N - 1) / N : 0; }
   PALM_DEVICE int first(int k) const { return k * N - ahead; }
@@ -59,18 +60,18 @@ struct Row {
   PALM_DEVICE int to(int c) const { return max(min(cols - c, N), 0); }
   PALM_DEVICE bool whole(int c) const { return c >= 0 && c + N <= cols; }
 
-  PALM_DEVICE uint4 load(int c) const {
-    if (whole(c)) return load_16(data + c);
+  PALM_DEVICE Packet<T, N> load(int c) const {
+    if (whole(c)) return get<N>(data + c);
     const int i0 = from(c), i1 = to(c);
     T part[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) part[i] = i >= i0 && i < i1 ? data[c + i] : from_float<T>(0);
-    uint4 words;
-    memcpy(&words, part, 16);
-    return words;
+    Packet<T, N> packet;
+    memcpy(static_cast<void*>(&packet), part, 16);
+    return packet;
   }
   PALM_DEVICE void store(int c, const float (&v)[N], bool at_once) const {
-    if (at_once && whole(c)) return store_16(data + c, packed<T>(v));
+    if (at_once && whole(c)) return put(data + c, packed<T>(v));
     const int i0 = from(c), i1 = to(c);
 #pragma unroll
     for (int i = 0; i < N; ++i)
@@ -114,11 +115,11 @@ struct Running {
 
 // All logits of a row, kStep packets in flight.
 template <class T>
-PALM_DEVICE Running run(const Row<T>& x, int lane, int width, float scale, bool smooth, const float* w) {
-  constexpr int N = Row<T>::N;
+PALM_DEVICE Running run(const Logits<T>& x, int lane, int width, float scale, bool smooth, const float* w) {
+  constexpr int N = Logits<T>::N;
   Running m;
   for (int k = lane, end = x.packets(); k < end; k += kStep * width) {
-    uint4 packets[kStep];
+    Packet<T, Logits<T>::N> packets[kStep];
 #pragma unroll
     for (int u = 0; u < kStep; ++u) packets[u] = x.load(x.first(k + u * width));
 #pragma unroll
@@ -126,9 +127,9 @@ PALM_DEVICE Running run(const Row<T>& x, int lane, int width, float scale, bool 
       const int c = x.first(k + u * width);
       const int from = x.from(c), to = x.to(c);
       float z[N];
-      unpack<T>(z, packets[u]);
+      unpack(z, packets[u]);
 #pragma unroll
-      for (int i = 0; i < N; ++i) z[i] = product(scale, z[i]);
+      for (int i = 0; i < N; ++i) z[i] = rounded_product(scale, z[i]);
       if (to - from < N) {
 #pragma unroll
         for (int i = 0; i < N; ++i)
@@ -162,15 +163,10 @@ PALM_DEVICE void reduce(V (&x)[K], int width, F f) {
     for (int warp = 1; warp < width / 32; ++warp) x[k] = f(x[k], shared[warp * K + k]);
   }
 }
-struct Add {
-  template <class V>
-  PALM_DEVICE V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-struct Max {
-  PALM_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
-};
+template <class V, int K>
+PALM_DEVICE void add_up(V (&x)[K], int width) {
+  reduce(x, width, [](V a, V b) { return a + b; });
+}
 
 // dz_c = a p_c - b w_c - d [c = y], p = exp(z - lse); 0 in an ignored row.
 // a = g t ((1-eps) w_y + eps/V sum w + 2 z_loss w_y lse), b = g t eps/V, d = g t (1-eps) w_y; g = dloss
@@ -194,11 +190,11 @@ struct Slope {
   }
 
   template <class T>
-  PALM_DEVICE void apply(float (&v)[Row<T>::N], const Row<T>& x, int c) const {
-    constexpr int N = Row<T>::N;
+  PALM_DEVICE void apply(float (&v)[Logits<T>::N], const Logits<T>& x, int c) const {
+    constexpr int N = Logits<T>::N;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float gap = product(scale, v[i]) - lse;
+      const float gap = rounded_product(scale, v[i]) - lse;
       v[i] = a * (gap < kLowest ? 0 : exp2_fast(kLog2e * gap));
     }
     if (smooth) {
@@ -216,17 +212,17 @@ struct Slope {
 
   // A lane's kStep packets from k on. out may be x, or begin at another place between multiples of 16 bytes.
   template <class T>
-  PALM_DEVICE void step(const Row<T>& x, const Row<T>& out, int k, int width) const {
-    uint4 packets[kStep];
+  PALM_DEVICE void step(const Logits<T>& x, const Logits<T>& out, int k, int width) const {
+    Packet<T, Logits<T>::N> packets[kStep];
 #pragma unroll
     for (int u = 0; u < kStep; ++u)
       if (kept) packets[u] = x.load(x.first(k + u * width));
 #pragma unroll
     for (int u = 0; u < kStep; ++u) {
       const int c = x.first(k + u * width);
-      float v[Row<T>::N] = {};
+      float v[Logits<T>::N] = {};
       if (kept) {
-        unpack<T>(v, packets[u]);
+        unpack(v, packets[u]);
         apply(v, x, c);
       }
       out.store(c, v, x.ahead == out.ahead);
@@ -239,20 +235,21 @@ struct Slope {
 // the logits' place.
 template <class T>
 __global__ void __launch_bounds__(1024, 1)
-    rows_kernel(const __grid_constant__ CrossEntropy p, const __grid_constant__ Factors f, int log_width) {
+    cross_entropy_rows_kernel(const __grid_constant__ CrossEntropy p, const __grid_constant__ Factors f,
+                              int log_width) {
   const int width = 1 << log_width, lane = threadIdx.x & (width - 1);
   const int64_t r = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) >> log_width;
   const bool here = r < p.rows.count, smooth = f.share != 0;
   const Label l = label(p, r);
   T* logits = here ? row<T>(p.rows, p.logits, r) : nullptr;
-  const float z_y = l.kept ? product(f.logit_scale, to_float(logits[l.y])) : 0;
-  const Row<T> x(logits, l.kept ? p.cols : 0);
+  const float z_y = l.kept ? rounded_product(f.logit_scale, to_float(logits[l.y])) : 0;
+  const Logits<T> x(logits, l.kept ? p.cols : 0);
   const Running m = run(x, lane, width, f.logit_scale, smooth, static_cast<const float*>(p.weight));
   float top[1] = {m.top};
-  reduce(top, width, Max{});
+  reduce(top, width, [](float a, float b) { return fmaxf(a, b); });
   float sums[3] = {m.mass * exp2_fast(kLog2e * (m.top - top[0])), m.gap + m.weight * (top[0] - m.pivot),
                    m.weight};
-  reduce(sums, width, Add{});
+  add_up(sums, width);
 
   const float log_sum = logf(sums[0]), lse = top[0] + log_sum;
   float value = l.w * (log_sum + (top[0] - z_y)), squares = 0;
@@ -272,15 +269,15 @@ __global__ void __launch_bounds__(1024, 1)
     __syncthreads();
   else
     sync_warp();
-  const Row<T> out(logits, here ? p.cols : 0);
+  const Logits<T> out(logits, here ? p.cols : 0);
   for (int k = lane, end = out.packets(); k < end; k += kStep * width) slope.step(out, out, k, width);
 }
 
 // dlogits = dloss scale logit_scale dl/dz; a thread has one step of a row.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    bwd_kernel(const __grid_constant__ CrossEntropy p, const __grid_constant__ Factors f, int log_width,
-               int column_tiles, const double* total) {
+    cross_entropy_bwd_kernel(const __grid_constant__ CrossEntropy p, const __grid_constant__ Factors f,
+                             int log_width, int column_tiles, const double* total) {
   const int width = 1 << log_width;
   const int64_t r = blockIdx.x / column_tiles * (kThreads >> log_width) + (threadIdx.x >> log_width);
   if (r >= p.rows.count) return;
@@ -292,30 +289,30 @@ __global__ void __launch_bounds__(kThreads)
     lse = *row<const float>(p.rows, p.lse, r);
   }
   const Slope slope(p, f, l, dloss, lse, total ? float(*total) : float(p.cols));
-  const Row<T> x(row<T>(p.rows, p.logits, r), p.cols), out(row<T>(p.rows, p.dlogits, r), p.cols);
+  const Logits<T> x(row<T>(p.rows, p.logits, r), p.cols), out(row<T>(p.rows, p.dlogits, r), p.cols);
   if (k < x.packets()) slope.step(x, out, k, width);
 }
 
 // sums[kind][i] of the terms[kind][count] from i piece on.
 __global__ void __launch_bounds__(1024, 1)
-    sums_kernel(const float* terms, int64_t count, int64_t piece, int kinds, double* sums) {
+    cross_entropy_sums_kernel(const float* terms, int64_t count, int64_t piece, int kinds, double* sums) {
   const int64_t begin = blockIdx.x * piece, end = min(begin + piece, count);
   for (int kind = 0; kind < kinds; ++kind, terms += count) {
     double sum[1] = {};
 #pragma unroll 8
     for (int64_t r = begin + threadIdx.x; r < end; r += blockDim.x) sum[0] += terms[r];
-    reduce(sum, blockDim.x, Add{});
+    add_up(sum, blockDim.x);
     if (threadIdx.x == 0) sums[kind * gridDim.x + blockIdx.x] = sum[0];
   }
 }
 
 // loss and z of the sums [3][count] of all rows, times scale = 1 / sum of t w_y (mean; 1 where that is 0).
 __global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ CrossEntropy p, const double* sums, int64_t count) {
+    cross_entropy_finish_kernel(const __grid_constant__ CrossEntropy p, const double* sums, int64_t count) {
   double sum[3] = {};
   for (int64_t i = threadIdx.x; i < count; i += kThreads)
     for (int kind = 0; kind < 3; ++kind) sum[kind] += sums[kind * count + i];
-  reduce(sum, kThreads, Add{});
+  add_up(sum, kThreads);
   if (threadIdx.x) return;
   const double scale = p.reduction == Reduction::mean && sum[2] != 0 ? 1 / sum[2] : 1;
   *static_cast<float*>(p.scale) = float(scale);
@@ -325,25 +322,25 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Threads side by side in a row: as many as have something to do, up to `most`.
-static int log_width_of(int64_t cols, int packet, int most) {
+int log_width_of(int64_t cols, int packet, int most) {
   int log_width = 0;
   while ((int64_t(kStep) * packet << log_width) < cols + packet - 1 && log_width < most) ++log_width;
   return log_width;
 }
 
-static void run_rows(const CrossEntropy& p, const Queue& queue) {
+void run_rows(const CrossEntropy& p, const Queue& queue) {
   if (p.rows.count == 0) return;
   with_dtype(p.dtype, [&](auto e) {
     using T = decltype(e);
     int log_width = log_width_of(p.cols, kPacket<T>, 7);  // over 4 steps of a warp: a block
     if (log_width > 5) log_width = p.cols * int64_t(sizeof(T)) < kLongRow ? 8 : 10;
     const int threads = log_width == 10 ? 1024 : kThreads, high = threads >> log_width;
-    launch<rows_kernel<T>>((p.rows.count + high - 1) / high, threads, threads / 32 * 3 * sizeof(float), queue,
-                           p, factors(p), log_width);
+    launch<cross_entropy_rows_kernel<T>>(cdiv(p.rows.count, high), threads, threads / 32 * 3 * sizeof(float),
+                                         queue, p, factors(p), log_width);
   });
 }
 
-static Matrix contiguous(const Rows& rows, void* data) {
+Matrix contiguous(const Rows& rows, void* data) {
   Matrix m{data, {}};
   int64_t stride = 1;
   for (int d = rows.dims - 1; d >= 0; --d) {
@@ -353,8 +350,10 @@ static Matrix contiguous(const Rows& rows, void* data) {
   return m;
 }
 
+}  // namespace
+
 void cross_entropy_fwd(const CrossEntropy& p, const Queue& queue) {
-  const int64_t count = p.rows.count, pieces = (count + kPiece - 1) / kPiece;
+  const int64_t count = p.rows.count, pieces = cdiv(count, kPiece);
   double* sums = nullptr;
   if (p.reduction == Reduction::none) {
     run_rows(p, queue);
@@ -366,10 +365,11 @@ void cross_entropy_fwd(const CrossEntropy& p, const Queue& queue) {
     q.row_weight = contiguous(p.rows, terms + 2 * count);
     run_rows(q, queue);
     sums = scratch<double>(queue, 3 * pieces);
-    launch<sums_kernel>(pieces, kThreads, kThreads / 32 * sizeof(double), queue, terms, count, kPiece, 3,
-                        sums);
+    launch<cross_entropy_sums_kernel>(pieces, kThreads, kThreads / 32 * sizeof(double), queue, terms, count,
+                                      kPiece, 3, sums);
   }
-  launch<finish_kernel>(1, kThreads, kThreads / 32 * 3 * sizeof(double), queue, p, sums, sums ? pieces : 0);
+  launch<cross_entropy_finish_kernel>(1, kThreads, kThreads / 32 * 3 * sizeof(double), queue, p, sums,
+                                      sums ? pieces : 0);
 }
 
 void cross_entropy_bwd(const CrossEntropy& p, const Queue& queue) {
@@ -377,8 +377,8 @@ void cross_entropy_bwd(const CrossEntropy& p, const Queue& queue) {
   double* total = nullptr;
   if (p.weight && p.label_smoothing != 0) {
     total = scratch<double>(queue, 1);
-    launch<sums_kernel>(1, 1024, 32 * sizeof(double), queue, static_cast<const float*>(p.weight), p.cols,
-                        p.cols, 1, total);
+    launch<cross_entropy_sums_kernel>(1, 1024, 32 * sizeof(double), queue,
+                                      static_cast<const float*>(p.weight), p.cols, p.cols, 1, total);
   }
   with_dtype(p.dtype, [&](auto e) {
     using T = decltype(e);
@@ -386,8 +386,8 @@ void cross_entropy_bwd(const CrossEntropy& p, const Queue& queue) {
     const int log_width = log_width_of(p.cols, N, 8), high = kThreads >> log_width;
     const int wide = kStep * N << log_width,
               column_tiles = static_cast<int>((p.cols + N - 1 + wide - 1) / wide);
-    launch<bwd_kernel<T>>((p.rows.count + high - 1) / high * column_tiles, kThreads, 0, queue, p, factors(p),
-                          log_width, column_tiles, total);
+    launch<cross_entropy_bwd_kernel<T>>(cdiv(p.rows.count, high) * column_tiles, kThreads, 0, queue, p,
+                                        factors(p), log_width, column_tiles, total);
   });
 }
 

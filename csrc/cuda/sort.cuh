@@ -6,6 +6,7 @@
 #include "common.cuh"
 
 namespace palm::cuda {
+namespace {
 
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 constexpr int kWarps = kThreads / 32, kKeys = 8;  // keys a thread; those of a warp are neighbours
@@ -65,8 +66,8 @@ PALM_DEVICE void load_keys(uint32_t (&keys)[kKeys], const uint32_t* from, int64_
 }
 
 // counts [digit][tile]
-static __global__ void __launch_bounds__(kThreads)
-    digits_kernel(const uint32_t* keys, int64_t count, int shift, uint32_t* counts) {
+__global__ void __launch_bounds__(kThreads)
+    sort_digits_kernel(const uint32_t* keys, int64_t count, int shift, uint32_t* counts) {
   PALM_SHARED(uint32_t, shared);
   uint32_t tile[kKeys], ranks[kKeys], sum = 0;
   load_keys(tile, keys, count);
@@ -76,8 +77,8 @@ static __global__ void __launch_bounds__(kThreads)
 }
 
 // A warp a digit: counts[digit][tile] becomes the sum of the tiles before, totals[digit] that of all.
-static __global__ void __launch_bounds__(kThreads)
-    prefix_kernel(uint32_t* counts, int64_t tiles, uint32_t* totals) {
+__global__ void __launch_bounds__(kThreads)
+    sort_prefix_kernel(uint32_t* counts, int64_t tiles, uint32_t* totals) {
   const int digit = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t *row = counts + digit * tiles, before = 0;
   for (int64_t begin = 0; begin < tiles; begin += 32) {
@@ -90,9 +91,10 @@ static __global__ void __launch_bounds__(kThreads)
 }
 
 // Every key, and the entry it came from (null: its own index), to its place.
-static __global__ void __launch_bounds__(kThreads)
-    scatter_kernel(const uint32_t* keys, const uint32_t* order, int64_t count, int shift,
-                   const uint32_t* counts, const uint32_t* totals, uint32_t* keys_out, uint32_t* order_out) {
+__global__ void __launch_bounds__(kThreads)
+    sort_scatter_kernel(const uint32_t* keys, const uint32_t* order, int64_t count, int shift,
+                        const uint32_t* counts, const uint32_t* totals, uint32_t* keys_out,
+                        uint32_t* order_out) {
   PALM_SHARED(uint32_t, shared);
   uint32_t *sums = shared + kWarps * kDigits, tile[kKeys], ranks[kKeys];
   load_keys(tile, keys, count);
@@ -124,9 +126,9 @@ struct Sorted {
   uint32_t *keys, *order;  // order: the entries' indices before
 };
 
-// count < 2^32 keys, none above `largest` (1 at least). Overwrites keys.
-inline Sorted sorted(uint32_t* keys, int64_t count, uint64_t largest, const Queue& queue) {
-  const int64_t tiles = (count + kTile - 1) / kTile;
+// count < 2^31 keys, none above `largest` (1 at least). Overwrites keys.
+Sorted sorted(uint32_t* keys, int64_t count, uint64_t largest, const Queue& queue) {
+  const int64_t tiles = cdiv(count, kTile);
   uint32_t* counts = scratch<uint32_t>(queue, kDigits * tiles + kDigits);
   uint32_t* totals = counts + kDigits * tiles;
   uint32_t* other_keys = scratch<uint32_t>(queue, count);
@@ -135,10 +137,10 @@ inline Sorted sorted(uint32_t* keys, int64_t count, uint64_t largest, const Queu
   constexpr size_t kShared = (kWarps * kDigits + kWarps) * sizeof(uint32_t);
   for (int shift = 0; largest >> shift; shift += kDigitBits) {
     uint32_t* to = orders[shift / kDigitBits % 2];
-    launch<digits_kernel>(tiles, kThreads, kShared, queue, keys, count, shift, counts);
-    launch<prefix_kernel>(kDigits / kWarps, kThreads, 0, queue, counts, tiles, totals);
-    launch<scatter_kernel>(tiles, kThreads, kShared, queue, keys, order, count, shift, counts, totals,
-                           other_keys, to);
+    launch<sort_digits_kernel>(tiles, kThreads, kShared, queue, keys, count, shift, counts);
+    launch<sort_prefix_kernel>(kDigits / kWarps, kThreads, 0, queue, counts, tiles, totals);
+    launch<sort_scatter_kernel>(tiles, kThreads, kShared, queue, keys, order, count, shift, counts, totals,
+                                other_keys, to);
     order = to;
     uint32_t* swap = keys;
     keys = other_keys;
@@ -147,4 +149,5 @@ inline Sorted sorted(uint32_t* keys, int64_t count, uint64_t largest, const Queu
   return {keys, const_cast<uint32_t*>(order)};
 }
 
+}  // namespace
 }  // namespace palm::cuda

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import setup as build  # noqa: E402  (the flags of the real build)
 
-FLAGS = "-std=c++17 -O2 -ffp-contract=off -g1 -fPIC -fvisibility=hidden -DPALM_EMULATE -DPALM_SM90A=1 -Wall -Wextra -Wno-unknown-pragmas"
+FLAGS = "-std=c++17 -O2 -g1 -fPIC -fvisibility=hidden -DPALM_EMULATE -DPALM_SM90A=1 -Wall -Wextra -Wno-unknown-pragmas"
 SANITIZE = "-fsanitize=address -fno-omit-frame-pointer"
 
 
