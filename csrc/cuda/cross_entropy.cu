@@ -2,6 +2,8 @@
 // maximum and sum in every lane), backward once more; linear_cross_entropy's rows read them twice, the second
 // time from the second cache. z = logit_scale logits is rounded alike wherever it is used, so that it cancels
 // in lse - z_y and in exp(z_y - lse).
+#include <algorithm>
+
 #include "common.cuh"
 
 namespace palm::cuda {
@@ -28,7 +30,7 @@ Factors factors(const CrossEntropy& p) {
 
 // The kept target of a row: y, token weight t, class weight w_y. Nothing else of an ignored row is read.
 struct Label {
-  int64_t y;
+  int y;
   float t, w;
   bool kept;
 };
@@ -40,11 +42,11 @@ PALM_DEVICE Label label(const CrossEntropy& p, int64_t r) {
   PALM_ASSERT(good, "cross_entropy: need 0 <= target < V, or ignore_index");
   if (!good) return {};
   const float t = p.token_weight.data ? *row<const float>(p.rows, p.token_weight, r) : 1;
-  return {y, t, p.weight ? static_cast<const float*>(p.weight)[y] : 1, true};
+  return {static_cast<int>(y), t, p.weight ? static_cast<const float*>(p.weight)[y] : 1, true};
 }
 
 // A row in packets that begin at multiples of 16 bytes, wherever the row does: packet k holds columns
-// first(k) to first(k) + N - 1, of which the first and the last packet may lack some.
+// first(k) to first(k) + N - 1, of which the first and the last packet may lack some. Columns are 32 bits.
 template <class T>
 struct Logits {
   static constexpr int N = kPacket<T>;
@@ -59,6 +61,19 @@ struct Logits {
   PALM_DEVICE int from(int c) const { return max(-c, 0); }
   PALM_DEVICE int to(int c) const { return max(min(cols - c, N), 0); }
   PALM_DEVICE bool whole(int c) const { return c >= 0 && c + N <= cols; }
+
+  // f(i, w_c) for the packet at column c (null: 1). The weights are read without a branch, so that they are
+  // under way together.
+  template <class F>
+  PALM_DEVICE void with_weights(const float* weight, int c, F&& f) const {
+    if (weight) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) f(i, weight[min(max(c + i, 0), cols - 1)]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) f(i, 1.f);
+    }
+  }
 
   PALM_DEVICE Packet<T, N> load(int c) const {
     if (whole(c)) return get<N>(data + c);
@@ -80,10 +95,10 @@ struct Logits {
 };
 
 // A lane's logits so far: their maximum, kept finite so that neither -inf - -inf nor inf - inf arises, mass =
-// sum exp(z - top); for smoothing gap = sum w_c (pivot - z_c) and weight = sum w_c. The pivot is a level near
+// sum exp(z - top); for smoothing gap = sum w_c (pivot - z_c) and weight_sum. The pivot is a level near
 // the logits, about which the gaps keep their digits.
 struct Running {
-  float top = -kLargest, mass = 0, pivot = 0, gap = 0, weight = 0;
+  float top = -kLargest, mass = 0, pivot = 0, gap = 0, weight_sum = 0;
 
   template <int N>
   PALM_DEVICE void add(const float (&z)[N]) {
@@ -97,25 +112,23 @@ struct Running {
     top = higher;
   }
 
-  // w: the class weights from z[0] on, or null.
-  template <int N>
-  PALM_DEVICE void add_gaps(const float (&z)[N], const float* w, int from, int to) {
+  template <class T, int N>
+  PALM_DEVICE void add_gaps(const float (&z)[N], const Logits<T>& x, int c, const float* weight) {
+    const int from = x.from(c), to = x.to(c);
     float gaps = 0, weights = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < from || i >= to) continue;
-      const float w_c = w ? w[i] : 1;
-      gaps += w_c * (pivot - z[i]);
-      weights += w_c;
-    }
+    x.with_weights(weight, c, [&](int i, float w) {
+      gaps += i >= from && i < to ? w * (pivot - z[i]) : 0;
+      weights += i >= from && i < to ? w : 0;
+    });
     gap += gaps;
-    weight += weights;
+    weight_sum += weights;
   }
 };
 
 // All logits of a row, kStep packets in flight.
 template <class T>
-PALM_DEVICE Running run(const Logits<T>& x, int lane, int width, float scale, bool smooth, const float* w) {
+PALM_DEVICE Running run(const Logits<T>& x, int lane, int width, float scale, bool smooth,
+                        const float* weight) {
   constexpr int N = Logits<T>::N;
   Running m;
   for (int k = lane, end = x.packets(); k < end; k += kStep * width) {
@@ -138,7 +151,7 @@ PALM_DEVICE Running run(const Logits<T>& x, int lane, int width, float scale, bo
       m.add(z);
       if (!smooth) continue;
       if (k == lane && u == 0 && m.top > -kLargest) m.pivot = m.top;
-      m.add_gaps(z, w ? w + c : nullptr, from, to);
+      m.add_gaps(z, x, c, weight);
     }
   }
   return m;
@@ -174,7 +187,7 @@ PALM_DEVICE void add_up(V (&x)[K], int width) {
 struct Slope {
   float scale, lse, a, b, d;
   const float* weight;
-  int64_t y;
+  int y;
   bool kept, smooth;
   PALM_DEVICE Slope(const CrossEntropy& p, const Factors& f, const Label& l, float dloss, float lse,
                     float total)
@@ -197,12 +210,7 @@ struct Slope {
       const float gap = rounded_product(scale, v[i]) - lse;
       v[i] = a * (gap < kLowest ? 0 : exp2_fast(kLog2e * gap));
     }
-    if (smooth) {
-      const int from = x.from(c), to = x.to(c);
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (i >= from && i < to) v[i] -= weight ? b * weight[c + i] : b;
-    }
+    if (smooth) x.with_weights(weight, c, [&](int i, float w) { v[i] -= b * w; });
     if (y >= c && y < c + N) {
 #pragma unroll
       for (int i = 0; i < N; ++i)
@@ -247,8 +255,8 @@ __global__ void __launch_bounds__(1024, 1)
   const Running m = run(x, lane, width, f.logit_scale, smooth, static_cast<const float*>(p.weight));
   float top[1] = {m.top};
   reduce(top, width, [](float a, float b) { return fmaxf(a, b); });
-  float sums[3] = {m.mass * exp2_fast(kLog2e * (m.top - top[0])), m.gap + m.weight * (top[0] - m.pivot),
-                   m.weight};
+  float sums[3] = {m.mass * exp2_fast(kLog2e * (m.top - top[0])), m.gap + m.weight_sum * (top[0] - m.pivot),
+                   m.weight_sum};
   add_up(sums, width);
 
   const float log_sum = logf(sums[0]), lse = top[0] + log_sum;
@@ -332,8 +340,11 @@ void run_rows(const CrossEntropy& p, const Queue& queue) {
   if (p.rows.count == 0) return;
   with_dtype(p.dtype, [&](auto e) {
     using T = decltype(e);
-    int log_width = log_width_of(p.cols, kPacket<T>, 7);  // over 4 steps of a warp: a block
-    if (log_width > 5) log_width = p.cols * int64_t(sizeof(T)) < kLongRow ? 8 : 10;
+    int log_width = log_width_of(p.cols, kPacket<T>, 8);
+    if (log_width == 8)  // over four steps of a warp: a block
+      log_width = p.cols * int64_t(sizeof(T)) < kLongRow ? 8 : 10;
+    else
+      log_width = std::min(log_width, 5);
     const int threads = log_width == 10 ? 1024 : kThreads, high = threads >> log_width;
     launch<cross_entropy_rows_kernel<T>>(cdiv(p.rows.count, high), threads, threads / 32 * 3 * sizeof(float),
                                          queue, p, factors(p), log_width);
