@@ -176,8 +176,13 @@ struct Queue {
   X(peak, Peak)
 
 // Those that have a CUDA launcher; goes when it equals PALM_OPS.
-#define PALM_CUDA_OPS(X)         \
-  X(attention_fwd, Attention)    \
-  X(attention_decode, Attention) \
-  X(swiglu_fwd, Swiglu)          \
+#define PALM_CUDA_OPS(X)                        \
+  X(attention_fwd, Attention)                   \
+  X(attention_decode, Attention)                \
+  X(cross_entropy_fwd, CrossEntropy)            \
+  X(cross_entropy_bwd, CrossEntropy)            \
+  X(linear_cross_entropy_rows, CrossEntropy)    \
+  X(soft_weak_embedding_fwd, SoftWeakEmbedding) \
+  X(soft_weak_embedding_bwd, SoftWeakEmbedding) \
+  X(swiglu_fwd, Swiglu)                         \
   X(swiglu_bwd, Swiglu)

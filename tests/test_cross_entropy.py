@@ -280,6 +280,15 @@ def test_many_rows(rows):
 
 
 @pytest.mark.kernel
+def test_rows_of_more_than_64_kb():
+    """Where the GPU kernels take their largest blocks."""
+    y = targets((3,), 33_001)
+    check_op("cross_entropy", randn(3, 33_001, scale=3), y, **EVERYTHING, **weights(y, 33_001))
+    hidden, weight = randn(3, 4), randn(33_001, 4)
+    check_op("linear_cross_entropy", hidden, weight, y, **EVERYTHING, **weights(y, 33_001))
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_leading_dimensions_that_do_not_merge(reduction):
     """Five of them in an order of their own, more than a kernel walks over by itself."""

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import palm_kernels as pk
-from palm_kernels import reference
+from palm_kernels import dispatch, reference
 
 OP = "soft_weak_embedding"
 SHAPES = [((), 1, 1), ((5,), 3, 8), ((2, 37), 23, 33), ((3, 2, 8), 30 if INTERPRETED else 100, 130)]
@@ -98,6 +98,14 @@ def test_equals_index_add(cols):
     wanted = torch.zeros(60, cols).double().index_add(0, ids.long(), dout.double()).to(dtype)
     torch.testing.assert_close(weight.grad, wanted, rtol=tolerance, atol=tolerance)
     assert (weight.grad[40:] == 0).all()
+
+
+@pytest.mark.kernel
+def test_ids_of_several_bytes():
+    """Keys that a radix sort takes byte by byte, most rows without an entry."""
+    vocab = 300 if dispatch.simulated("triton") else 70_000
+    args, keywords = make((1500,), vocab, 8, torch.float32)
+    check_op(OP, torch.where(torch.rand(1500) < 0.5, vocab - 1, args[0]), *args[1:], **keywords)
 
 
 @pytest.mark.kernel

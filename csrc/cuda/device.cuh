@@ -176,7 +176,17 @@ PALM_DEVICE int thread_again() {
 
 // ---- numbers
 PALM_DEVICE float to_float(float x) { return x; }
-PALM_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+// A bf16 is a float's upper half. (__bfloat162float is cvt.f32.bf16 on sm_90, which wants each number in a
+// register of its own.)
+PALM_DEVICE float to_float(bf16 x) {
+#if defined(PALM_EMULATE)
+  return __bfloat162float(x);
+#else
+  float y;
+  asm("mov.b32 %0, {%1, %2};" : "=f"(y) : "h"(uint16_t(0)), "h"(static_cast<__nv_bfloat16_raw>(x).x));
+  return y;
+#endif
+}
 PALM_DEVICE float to_float(f16 x) { return __half2float(x); }
 
 template <class T>
@@ -201,6 +211,16 @@ PALM_DEVICE uint32_t pack(float lo, float hi) {
     memcpy(&bits, &both, 4);
   }
   return bits;
+}
+
+// a b as rounded: never fused with a sum that it goes into (where that sum should cancel exactly).
+PALM_DEVICE float rounded_product(float a, float b) {
+#if defined(PALM_EMULATE)
+  const volatile float product = a * b;
+  return product;
+#else
+  return __fmul_rn(a, b);
+#endif
 }
 
 // 2^x, within 2 ulp; subnormal results are 0.
@@ -235,6 +255,14 @@ PALM_DEVICE uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
 #endif
   return bits;
+}
+
+// x, of which the optimizer then knows nothing: it keeps no registers for what it made of x before.
+PALM_DEVICE uint4 opaque(uint4 x) {
+#if !defined(PALM_EMULATE)
+  asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
+#endif
+  return x;
 }
 
 // ---- tensor cores. d += a b, fragments as the PTX manual numbers them; lane l has g = l / 4, t = l % 4:

@@ -39,6 +39,14 @@ MISTAKES = {
         "test_swiglu.py::test_matches_reference",
         "not finite",
     ),
+    "missing barrier": Mistake(
+        "cross_entropy.cu",
+        "shared[threadIdx.x / 32 * K + k] = x[k];\n  __syncthreads();",
+        "shared[threadIdx.x / 32 * K + k] = x[k];",
+        "cross_entropy",
+        "test_cross_entropy.py::test_rows_of_more_than_64_kb",
+        "not finite",
+    ),
     "written behind the end": Mistake(
         "common.cuh",
         "    if (i < n) p[i] = from_float<T>(x[i]);",
