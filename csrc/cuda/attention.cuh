@@ -289,14 +289,19 @@ struct Mma {
     return {{pack<T>(c[0][0], c[0][1]), pack<T>(c[0][2], c[0][3]), pack<T>(c[1][0], c[1][1]),
              pack<T>(c[1][2], c[1][3])}};
   }
-  static PALM_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b, bool) {
+  template <bool SINGLE>
+  static PALM_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b) {
     const uint32_t b0[2] = {b.r[0], b.r[1]}, b1[2] = {b.r[2], b.r[3]};
     mma<T>(d0, a.r, b0);
     mma<T>(d1, a.r, b1);
   }
+  static PALM_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b, bool) {
+    multiply<false>(d0, d1, a, b);
+  }
 };
 
-// float32: three tf32 products of the parts of x = big + small, or with `tf32` the one of the big parts.
+// float32: three tf32 products of the parts of x = big + small, or, SINGLE, the one of numbers rounded to
+// tf32. The unit drops the lowest 13 bits of its operands by itself, which makes big of x.
 template <>
 struct Mma<float> {
   static constexpr int K = 8;
@@ -339,38 +344,68 @@ struct Mma<float> {
     return a;
   }
 
-  // small is what tf32 leaves of x; cross is big, or 0 where that is inf or NaN: 0 times it would be NaN.
+  // small is what dropping the 13 bits leaves of x. Both of them for inf and NaN are those of the largest
+  // float32, as inf - inf and 0 inf are NaN; x itself is in the product of the big parts. Parts have x's
+  // sign, so no two of the products are infinities of different signs.
   struct Parts {
-    uint32_t big[4], small[4], cross[4];
+    uint32_t finite[4], small[4];
   };
-  static PALM_DEVICE Parts parts(const uint32_t (&bits)[4]) {
+  static PALM_DEVICE Parts split(const uint32_t (&bits)[4]) {
+    constexpr float kLargest = 3.4028234663852886e38f;
     Parts p;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float x, big;
       memcpy(&x, &bits[i], 4);
-      p.big[i] = to_tf32(x);
-      memcpy(&big, &p.big[i], 4);
-      const bool finite = fabsf(big) <= 3.4028234663852886e38f;
-      p.small[i] = finite ? to_tf32(x - big) : 0;
-      p.cross[i] = finite ? p.big[i] : 0;
+      x = fminf(fmaxf(x, -kLargest), kLargest);
+      memcpy(&p.finite[i], &x, 4);
+      const uint32_t kept = p.finite[i] & 0xffffe000u;
+      memcpy(&big, &kept, 4);
+      x -= big;
+      memcpy(&p.small[i], &x, 4);
     }
     return p;
   }
-  static PALM_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b, bool tf32) {
-    const Parts pa = parts(a.r), pb = parts(b.r);
-    const auto product = [&](const uint32_t (&x)[4], const uint32_t (&y)[4]) {
-      const uint32_t y0[2] = {y[0], y[1]}, y1[2] = {y[2], y[3]};
-      mma_tf32(d0, x, y0);
-      mma_tf32(d1, x, y1);
-    };
-    if (!tf32) {
-      product(pa.small, pb.cross);
-      product(pa.cross, pb.small);
+  static PALM_DEVICE void product(float (&d0)[4], float (&d1)[4], const uint32_t (&a)[4],
+                                  const uint32_t (&b)[4]) {
+    const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+    mma_tf32(d0, a, b0);
+    mma_tf32(d1, a, b1);
+  }
+  static PALM_DEVICE void round(uint32_t (&to)[4], const uint32_t (&from)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x;
+      memcpy(&x, &from[i], 4);
+      to[i] = to_tf32(x);
     }
-    product(pa.big, pb.big);
+  }
+  template <bool SINGLE>
+  static PALM_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b) {
+    if constexpr (SINGLE) {
+      uint32_t ra[4], rb[4];
+      round(ra, a.r);
+      round(rb, b.r);
+      product(d0, d1, ra, rb);
+    } else {
+      const Parts pa = split(a.r), pb = split(b.r);
+      product(d0, d1, pa.small, pb.finite);
+      product(d0, d1, pa.finite, pb.small);
+      product(d0, d1, a.r, b.r);
+    }
+  }
+  static PALM_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b, bool tf32) {
+    tf32 ? multiply<true>(d0, d1, a, b) : multiply<false>(d0, d1, a, b);
   }
 };
+
+// f(whether float32 products are single ones): a branch around a loop of products, not within.
+template <class T, class F>
+PALM_DEVICE void with_tf32(bool tf32, const F& f) {
+  if constexpr (std::is_same_v<T, float>)
+    if (tf32) return f(std::true_type{});
+  f(std::false_type{});
+}
 
 // ---- made on the device before attention's kernels run
 Keys compact_keys(const Attention& p, const Queue& queue);

@@ -49,36 +49,40 @@ PALM_DEVICE void score(float (&s)[M][N][4], const T* q, int row, const T* k, int
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int c = 0; c < 4; ++c) s[m][n][c] = 0;
+  with_tf32<T>(tf32, [&](auto single) {
 #pragma unroll
-  for (int d = 0; d < D; d += X::K) {
-    typename X::A a[M];
+    for (int d = 0; d < D; d += X::K) {
+      typename X::A a[M];
 #pragma unroll
-    for (int m = 0; m < M; ++m) a[m] = X::template load_a<D>(q, row + m * 16, d);
+      for (int m = 0; m < M; ++m) a[m] = X::template load_a<D>(q, row + m * 16, d);
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      const typename X::B b = X::template load_b<D>(k, key + n * 8, d);
+      for (int n = 0; n < N; n += 2) {
+        const typename X::B b = X::template load_b<D>(k, key + n * 8, d);
 #pragma unroll
-      for (int m = 0; m < M; ++m) X::multiply(s[m][n], s[m][n + 1], a[m], b, tf32);
+        for (int m = 0; m < M; ++m) X::template multiply<single>(s[m][n], s[m][n + 1], a[m], b);
+      }
     }
-  }
+  });
 }
 // o += p v, v from row key on.
 template <int D, int M, int N, class T>
 PALM_DEVICE void add_values(float (&o)[M][D / 8][4], const float (&p)[M][N][4], const T* v, int key,
                             bool tf32) {
   using X = Mma<T>;
+  with_tf32<T>(tf32, [&](auto single) {
 #pragma unroll
-  for (int n = 0; n < N; n += X::K / 8) {
-    typename X::A a[M];
+    for (int n = 0; n < N; n += X::K / 8) {
+      typename X::A a[M];
 #pragma unroll
-    for (int m = 0; m < M; ++m) a[m] = X::a_of(&p[m][n]);
+      for (int m = 0; m < M; ++m) a[m] = X::a_of(&p[m][n]);
 #pragma unroll
-    for (int d = 0; d < D; d += 16) {
-      const typename X::B b = X::template load_rows_b<D>(v, key + n * 8, d);
+      for (int d = 0; d < D; d += 16) {
+        const typename X::B b = X::template load_rows_b<D>(v, key + n * 8, d);
 #pragma unroll
-      for (int m = 0; m < M; ++m) X::multiply(o[m][d / 8], o[m][d / 8 + 1], a[m], b, tf32);
+        for (int m = 0; m < M; ++m) X::template multiply<single>(o[m][d / 8], o[m][d / 8 + 1], a[m], b);
+      }
     }
-  }
+  });
 }
 
 // ---- softmax. What works on s[N][4] is about one tile of 16 rows, of which a lane has rows g and g + 8.
