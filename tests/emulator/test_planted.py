@@ -47,6 +47,47 @@ MISTAKES = {
         "test_cross_entropy.py::test_rows_of_more_than_64_kb",
         "not finite",
     ),
+    "missing barrier before a buffer is filled again": Mistake(
+        "attention_fwd.cu",
+        "    __syncthreads();   // and all have done with the last V\n",
+        "",
+        "attention_fwd",
+        "test_attention.py::test_matches_reference",
+        "not finite",
+        seed=1,
+    ),
+    "missing wait for a copy": Mistake(
+        "attention_fwd.cu",
+        "wait_copies<1>();  // V",
+        "wait_copies<2>();  // V",
+        "attention_fwd",
+        "test_attention.py::test_matches_reference",
+        "not finite",
+    ),
+    "wrong index in a fragment": Mistake(
+        "attention.cuh",
+        "(CHUNKS_FIRST ? high : low) * 8",
+        "(CHUNKS_FIRST ? low : high) * 8",
+        "attention_fwd",
+        "test_attention.py::test_matches_reference",
+        "over budget",
+    ),
+    "one key too many": Mistake(
+        "attention.cuh",
+        "int lo = 0, hi = s.S - 1;",
+        "int lo = 0, hi = s.S;",
+        "attention_fwd",
+        "test_attention.py::test_matches_reference",
+        "over budget",
+    ),
+    "too little shared memory": Mistake(
+        "attention_keys.cu",
+        "kListThreads / 32 * sizeof(int), queue",
+        "kListThreads / 64 * sizeof(int), queue",
+        "attention_keys",
+        "test_attention.py -k bias",
+        "behind its shared memory",
+    ),
     "written behind the end": Mistake(
         "common.cuh",
         "    if (i < n) p[i] = from_float<T>(x[i]);",
@@ -63,7 +104,19 @@ MISTAKES = {
 def test_is_seen(name, tmp_path):
     m = MISTAKES[name]
     library = emulator.planted(tmp_path, m.file, m.right, m.wrong, m.compiled, sanitize=m.sanitize)
-    command = "-m", "pytest", TESTS / m.test, "-m", "kernel", "-x", "-s", "-p", "no:cacheprovider", "-p", "no:xdist"
+    command = (
+        "-m",
+        "pytest",
+        *f"{TESTS}/{m.test}".split(),
+        "-m",
+        "kernel",
+        "-x",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    )
     done = run(library, *command, seed=m.seed, **(emulator.preloaded() if m.sanitize else {}))
     output = done.stdout + done.stderr
     assert done.returncode and m.said in output, output[-4000:]
