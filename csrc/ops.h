@@ -178,6 +178,7 @@ struct Queue {
 // Those that have a CUDA launcher; goes when it equals PALM_OPS.
 #define PALM_CUDA_OPS(X)         \
   X(attention_fwd, Attention)    \
+  X(attention_bwd, Attention)    \
   X(attention_decode, Attention) \
   X(swiglu_fwd, Swiglu)          \
   X(swiglu_bwd, Swiglu)

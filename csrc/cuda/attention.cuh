@@ -168,7 +168,8 @@ constexpr int kChunk = 16 / sizeof(T);
 template <int D, class T>
 PALM_DEVICE T* chunk_at(T* tile, int row, int chunk) {
   static_assert(D / kChunk<T> >= 8);
-  return tile + row * D + ((chunk ^ (row & 7)) * kChunk<std::remove_const_t<T>>);
+  constexpr int N = kChunk<std::remove_const_t<T>>;  // swizzled and whole 128 bytes apart: fewer addresses
+  return tile + row * D + (chunk & ~7) * N + ((chunk & 7) ^ (row & 7)) * N;
 }
 template <int D, class T>
 PALM_DEVICE T* element_at(T* tile, int row, int column) {
@@ -405,6 +406,32 @@ PALM_DEVICE void with_tf32(bool tf32, const F& f) {
   if constexpr (std::is_same_v<T, float>)
     if (tf32) return f(std::true_type{});
   f(std::false_type{});
+}
+
+// M tiles of 16 rows against N tiles of 8: s = q k^T of rows row.. of q and key.. of k.
+template <int D, int M, int N, class T>
+PALM_DEVICE void score(float (&s)[M][N][4], const T* q, int row, const T* k, int key, bool tf32) {
+  using X = Mma<T>;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) s[m][n][c] = 0;
+  with_tf32<T>(tf32, [&](auto single) {
+#pragma unroll
+    for (int d = 0; d < D; d += X::K) {
+      typename X::A a[M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) a[m] = X::template load_a<D>(q, row + m * 16, d);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        const typename X::B b = X::template load_b<D>(k, key + n * 8, d);
+#pragma unroll
+        for (int m = 0; m < M; ++m) X::template multiply<single>(s[m][n], s[m][n + 1], a[m], b);
+      }
+    }
+  });
 }
 
 // ---- made on the device before attention's kernels run

@@ -39,31 +39,6 @@ PALM_DEVICE void load_queries(T* tile, const Attention& p, const Work<T>& w, boo
 }
 
 // ---- products
-// s = q k^T of rows row.. of q and key.. of k.
-template <int D, int M, int N, class T>
-PALM_DEVICE void score(float (&s)[M][N][4], const T* q, int row, const T* k, int key, bool tf32) {
-  using X = Mma<T>;
-#pragma unroll
-  for (int m = 0; m < M; ++m)
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int c = 0; c < 4; ++c) s[m][n][c] = 0;
-  with_tf32<T>(tf32, [&](auto single) {
-#pragma unroll
-    for (int d = 0; d < D; d += X::K) {
-      typename X::A a[M];
-#pragma unroll
-      for (int m = 0; m < M; ++m) a[m] = X::template load_a<D>(q, row + m * 16, d);
-#pragma unroll
-      for (int n = 0; n < N; n += 2) {
-        const typename X::B b = X::template load_b<D>(k, key + n * 8, d);
-#pragma unroll
-        for (int m = 0; m < M; ++m) X::template multiply<single>(s[m][n], s[m][n + 1], a[m], b);
-      }
-    }
-  });
-}
 // o += p v, v from row key on.
 template <int D, int M, int N, class T>
 PALM_DEVICE void add_values(float (&o)[M][D / 8][4], const float (&p)[M][N][4], const T* v, int key,
