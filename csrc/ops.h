@@ -180,6 +180,11 @@ struct Queue {
   X(attention_fwd, Attention)                   \
   X(attention_bwd, Attention)                   \
   X(attention_decode, Attention)                \
+  X(layer_norm_fwd, Norm)                       \
+  X(layer_norm_bwd, Norm)                       \
+  X(rms_norm_fwd, Norm)                         \
+  X(rms_norm_bwd, Norm)                         \
+  X(rotary, Rotary)                             \
   X(cross_entropy_fwd, CrossEntropy)            \
   X(cross_entropy_bwd, CrossEntropy)            \
   X(linear_cross_entropy_rows, CrossEntropy)    \
