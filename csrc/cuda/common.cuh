@@ -16,7 +16,7 @@ void with_dtype(Dtype dtype, F&& f) {
   }
 }
 
-PALM_DEVICE int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PALM_HD int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where row r begins, in elements. Most calls have one dimension: no division.
 PALM_DEVICE int64_t row_offset(const Rows& rows, const Matrix& m, int64_t r) {
@@ -72,10 +72,24 @@ PALM_DEVICE void store(T* p, const float (&x)[N], int64_t n) {
     if (i < n) p[i] = from_float<T>(x[i]);
 }
 
+// N floats in accesses of at most 16 bytes. N = 1 or aligned p.
+template <int N>
+PALM_DEVICE void load_floats(float (&x)[N], const float* p) {
+  constexpr int M = N < 4 ? N : 4;
+#pragma unroll
+  for (int i = 0; i < N; i += M) {
+    const auto packet = *reinterpret_cast<const Packet<float, M>*>(p + i);
+#pragma unroll
+    for (int j = 0; j < M; ++j) x[i + j] = packet.of[j];
+  }
+}
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // Whether every row of m begins at a multiple of 16 bytes.
 template <class T>
 bool aligned(const Rows& rows, const Matrix& m) {
-  if (reinterpret_cast<uintptr_t>(m.data) % 16) return false;
+  if (!aligned(m.data)) return false;
   for (int d = 0; d < rows.dims; ++d)
     if (rows.size[d] > 1 && m.stride[d] * static_cast<int64_t>(sizeof(T)) % 16) return false;
   return true;

@@ -164,7 +164,17 @@ PALM_DEVICE void arrive_named(int id, int threads) {
 
 // ---- numbers
 PALM_DEVICE float to_float(float x) { return x; }
-PALM_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+// A bf16 is a float's upper half. (__bfloat162float is cvt.f32.bf16 on sm_90, which wants each number in a
+// register of its own.)
+PALM_DEVICE float to_float(bf16 x) {
+#if defined(PALM_EMULATE)
+  return __bfloat162float(x);
+#else
+  float y;
+  asm("mov.b32 %0, {%1, %2};" : "=f"(y) : "h"(uint16_t(0)), "h"(static_cast<__nv_bfloat16_raw>(x).x));
+  return y;
+#endif
+}
 PALM_DEVICE float to_float(f16 x) { return __half2float(x); }
 
 template <class T>
@@ -189,6 +199,16 @@ PALM_DEVICE uint32_t pack(float lo, float hi) {
     memcpy(&bits, &both, 4);
   }
   return bits;
+}
+
+// a b as rounded: never fused with a sum that it goes into (where that sum should cancel exactly).
+PALM_DEVICE float rounded_product(float a, float b) {
+#if defined(PALM_EMULATE)
+  const volatile float product = a * b;
+  return product;
+#else
+  return __fmul_rn(a, b);
+#endif
 }
 
 // 2^x, within 2 ulp; subnormal results are 0.
