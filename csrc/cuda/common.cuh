@@ -21,6 +21,7 @@ PALM_HD int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Where row r begins, in elements. Most calls have one dimension: no division.
 PALM_DEVICE int64_t row_offset(const Rows& rows, const Matrix& m, int64_t r) {
   int64_t at = 0;
+#pragma unroll 1
   for (int d = rows.dims - 1; d > 0; --d) {
     at += r % rows.size[d] * m.stride[d];
     r /= rows.size[d];
@@ -35,38 +36,65 @@ PALM_DEVICE T* row(const Rows& rows, const Matrix& m, int64_t r) {
 // Elements of one 16-byte access.
 template <class T>
 constexpr int kPacket = 16 / sizeof(T);
+
+// N elements as they lie in memory: 16 bytes as words (numbers of 16 bits would take a register each), or
+// one element.
+template <class T, int N>
+struct Packet {
+  static_assert(N == 1 || N == kPacket<T>);
+  std::conditional_t<N == 1, T, uint4> bits;
+};
+
+// p is aligned to the packet.
+template <int N, class T>
+PALM_DEVICE Packet<T, N> get(const T* p) {
+  if constexpr (N == 1)
+    return {*p};
+  else
+    return {load_16(p)};
+}
+template <class T, int N>
+PALM_DEVICE void put(T* p, const Packet<T, N>& packet) {
+  if constexpr (N == 1)
+    *p = packet.bits;
+  else
+    store_16(p, packet.bits);
+}
+
+template <class T, int N>
+PALM_DEVICE void unpack(float (&x)[N], Packet<T, N> packet) {
+  T elements[N];
+  memcpy(static_cast<void*>(elements), &packet, sizeof(packet));
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = to_float(elements[i]);
+}
+template <class T, int N>
+PALM_DEVICE Packet<T, N> packed(const float (&x)[N]) {
+  if constexpr (N == 1) {
+    return {from_float<T>(x[0])};
+  } else {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if constexpr (sizeof(T) == 2)
+        words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+      else
+        memcpy(&words[i], &x[i], 4);
+    return {make_uint4(words[0], words[1], words[2], words[3])};
+  }
+}
+
 // x[i] = p[i] for i < n, else `other`. N is kPacket, then p is aligned to 16 bytes, or 1.
 template <int N, class T>
 PALM_DEVICE void load(float (&x)[N], const T* p, int64_t n, float other = 0) {
-  if constexpr (N * sizeof(T) == 16) {
-    if (n >= N) {
-      const uint4 words = load_16(p);
-      T packet[N];
-      memcpy(static_cast<void*>(packet), &words, 16);
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = to_float(packet[i]);
-      return;
-    }
-  }
+  if (n >= N) return unpack(x, get<N>(p));
 #pragma unroll
   for (int i = 0; i < N; ++i) x[i] = i < n ? to_float(p[i]) : other;
 }
 
 template <int N, class T>
 PALM_DEVICE void store(T* p, const float (&x)[N], int64_t n) {
-  if constexpr (N * sizeof(T) == 16) {
-    if (n >= N) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if constexpr (sizeof(T) == 2)
-          words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
-        else
-          memcpy(&words[i], &x[i], 4);
-      store_16(p, make_uint4(words[0], words[1], words[2], words[3]));
-      return;
-    }
-  }
+  if (n >= N) return put(p, packed<T>(x));
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (i < n) p[i] = from_float<T>(x[i]);
@@ -78,9 +106,10 @@ PALM_DEVICE void load_floats(float (&x)[N], const float* p) {
   constexpr int M = N < 4 ? N : 4;
 #pragma unroll
   for (int i = 0; i < N; i += M) {
-    const auto packet = *reinterpret_cast<const Packet<float, M>*>(p + i);
+    float part[M];
+    load<M>(part, p + i, M);
 #pragma unroll
-    for (int j = 0; j < M; ++j) x[i + j] = packet.of[j];
+    for (int j = 0; j < M; ++j) x[i + j] = part[j];
   }
 }
 

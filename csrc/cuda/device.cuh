@@ -245,6 +245,14 @@ PALM_DEVICE uint32_t to_tf32(float x) {
   return bits;
 }
 
+// x, of which the optimizer then knows nothing: it keeps no registers for what it made of x before.
+PALM_DEVICE uint4 opaque(uint4 x) {
+#if !defined(PALM_EMULATE)
+  asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
+#endif
+  return x;
+}
+
 // ---- tensor cores. d += a b, fragments as the PTX manual numbers them; lane l has g = l / 4, t = l % 4:
 // a holds rows g and g + 8, b column g, d rows g and g + 8 and columns 2 t, 2 t + 1.
 #if defined(PALM_EMULATE)

@@ -20,43 +20,43 @@ PALM_DEVICE int64_t position_of(const Rotary& p, int64_t token) {
   return p.positions32 ? p.positions32[at] : p.positions64 ? p.positions64[at] : t;
 }
 
-// (a c - b s, b c + a s), fused the same way in every variant: alignment and pairing must not show in bits.
-template <class T>
-PALM_DEVICE void turn(T& a, T& b, float c, float s) {
-  const float x1 = to_float(a), x2 = to_float(b);
-  a = from_float<T>(fmaf(x1, c, -(x2 * s)));
-  b = from_float<T>(fmaf(x2, c, x1 * s));
-}
-
-// The pairs of two packets: neighbours in both, laid end to end, or one from each.
+// (a, b) -> (a c - b s, b c + a s) of the pairs of two packets: neighbours in both, laid end to end, or one
+// from each. Fused the same way in every variant: alignment and pairing must not show in bits.
 template <bool INTERLEAVED, class T, int N>
 PALM_DEVICE void turn(Packet<T, N> (&v)[2], const float (&c)[N], const float (&s)[N]) {
+  float x[2][N];
+  unpack(x[0], v[0]);
+  unpack(x[1], v[1]);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    constexpr int step = INTERLEAVED ? 2 : 1;
-    const int a = step * i, b = INTERLEAVED ? a + 1 : a + N;
-    turn(v[a / N].of[a % N], v[b / N].of[b % N], c[i], s[i]);
+    const int first = INTERLEAVED ? 2 * i : i, second = INTERLEAVED ? first + 1 : first + N;
+    float &a = x[first / N][first % N], &b = x[second / N][second % N];
+    const float turned = fmaf(a, c[i], -(b * s[i]));
+    b = fmaf(b, c[i], a * s[i]);
+    a = turned;
   }
+  v[0] = packed<T>(x[0]);
+  v[1] = packed<T>(x[1]);
 }
 
 // f over the M packets of each head, `apart` from each other, all loaded before one is stored: out may be x.
-template <int M, class V, class F>
-PALM_DEVICE void each_head(const V* x, V* out, int heads, int64_t x_head, int64_t out_head, int apart,
+template <int N, int M, class T, class F>
+PALM_DEVICE void each_head(const T* x, T* out, int heads, int64_t x_head, int64_t out_head, int apart,
                            F&& f) {
 #pragma unroll 1
   for (int h = 0; h < heads; h += kHeads) {
-    V v[kHeads][M];
+    Packet<T, N> v[kHeads][M];
 #pragma unroll
     for (int i = 0; i < kHeads; ++i)
 #pragma unroll
       for (int m = 0; m < M; ++m)
-        if (h + i < heads) v[i][m] = x[(h + i) * x_head + m * apart];
+        if (h + i < heads) v[i][m] = get<N>(x + (h + i) * x_head + m * apart);
 #pragma unroll
     for (int i = 0; i < kHeads; ++i)
       if (h + i < heads) {
         f(v[i]);
 #pragma unroll
-        for (int m = 0; m < M; ++m) out[(h + i) * out_head + m * apart] = v[i][m];
+        for (int m = 0; m < M; ++m) put(out + (h + i) * out_head + m * apart, v[i][m]);
       }
   }
 }
@@ -72,23 +72,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const bool known = position >= 0 && position < p.length;
   PALM_ASSERT(known, "rotary: every position must be a row of cos and sin");
   if (!known) return;
-  const V* x = reinterpret_cast<const V*>(row<const T>(p.rows, p.x, token * p.heads) + head * p.x_head);
-  V* out = reinterpret_cast<V*>(row<T>(p.rows, p.out, token * p.heads) + head * p.out_head);
+  const T* x = row<const T>(p.rows, p.x, token * p.heads) + head * p.x_head;
+  T* out = row<T>(p.rows, p.out, token * p.heads) + head * p.out_head;
   const int heads = static_cast<int>(head + plan.slice < p.heads ? plan.slice : p.heads - head);
-  const int64_t x_head = p.x_head / N, out_head = p.out_head / N;
   if (at.column >= plan.pairs) {
-    const int64_t rest = plan.pairs + at.column;
-    return each_head<1>(x + rest, out + rest, heads, x_head, out_head, 0, [](V(&)[1]) {});
+    const int64_t rest = (plan.pairs + at.column) * N;
+    return each_head<N, 1>(x + rest, out + rest, heads, p.x_head, p.out_head, 0, [](V(&)[1]) {});
   }
   float c[N], s[N];
   load_floats(c, static_cast<const float*>(p.cos) + position * p.cos_stride + at.column * N);
   load_floats(s, static_cast<const float*>(p.sin) + position * p.sin_stride + at.column * N);
 #pragma unroll
   for (int i = 0; i < N; ++i) s[i] = p.conjugate ? -s[i] : s[i];
-  const int64_t first = at.column * (INTERLEAVED ? 2 : 1);
-  const int apart = INTERLEAVED ? 1 : static_cast<int>(plan.pairs);
-  each_head<2>(x + first, out + first, heads, x_head, out_head, apart,
-               [&](V(&v)[2]) { turn<INTERLEAVED>(v, c, s); });
+  const int64_t first = at.column * N * (INTERLEAVED ? 2 : 1);
+  const int apart = INTERLEAVED ? N : static_cast<int>(p.half);
+  each_head<N, 2>(x + first, out + first, heads, p.x_head, p.out_head, apart,
+                  [&](V(&v)[2]) { turn<INTERLEAVED>(v, c, s); });
 }
 
 // Whether packets of 16 bytes hold whole pairs, and every operand begins and goes on at a multiple of them.
