@@ -176,6 +176,11 @@ struct Queue {
   X(peak, Peak)
 
 // Those that have a CUDA launcher; goes when it equals PALM_OPS.
-#define PALM_CUDA_OPS(X) \
-  X(swiglu_fwd, Swiglu)  \
+#define PALM_CUDA_OPS(X)  \
+  X(layer_norm_fwd, Norm) \
+  X(layer_norm_bwd, Norm) \
+  X(rms_norm_fwd, Norm)   \
+  X(rms_norm_bwd, Norm)   \
+  X(rotary, Rotary)       \
+  X(swiglu_fwd, Swiglu)   \
   X(swiglu_bwd, Swiglu)
