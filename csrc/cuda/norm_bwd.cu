@@ -1,232 +1,16 @@
-// rms_norm and layer_norm in one source: rms_norm is layer_norm whose mean is 0. Both are bound by memory.
-// Forward keeps a row in registers between its statistics and its use. Backward keeps rows in shared memory,
-// the next ones on their way, and adds up dweight and dbias there. Every row is read once, unless it is
-// longer than that memory.
-#include <algorithm>
-
-#include "common.cuh"
+// rms_norm and layer_norm backward: blocks go through rows, the next ones on their way into shared memory,
+// and add up dweight and dbias there, float32; a second kernel adds up the blocks' sums. A row that does not
+// fit is read twice. Bound by memory (reads 2 n, or 3 n with dsum, writes n).
+#include "norm.cuh"
 
 namespace palm::cuda {
 
-constexpr int kForwardPackets = 4;     // 16-byte packets a thread has of a row, or of each of 4 short rows
-constexpr int kMostThreads = 1024;     // of a block
-constexpr int kBackwardThreads = 512;  // at 128 registers
-constexpr int kGroups = 512;  // blocks of backward, each with sums of its own: a constant, so that bits
-                              // depend on shapes alone
-constexpr int kMostStages = 4;
+constexpr int kBackwardThreads =
+    512;  // of a block, at most; two of them, or four of 256, share a multiprocessor
+constexpr int kGroups =
+    512;  // blocks that have sums of their own: fixed, so that bits depend on shapes alone
+constexpr int kMostStages = 4;  // rows that a team has under way
 constexpr int kTotalColumns = 32, kTotalRows = 32;
-constexpr int kSlots = 3 * 32;  // floats through which the warps of a block add up three numbers
-
-// A row is shared by a team of `width` neighbouring threads: part of a warp, with `teams` in a block, or the
-// whole block. Member m has the packets m, m + width, ...; `packets` is the most of them (backward).
-struct NormPlan {
-  bool centred;
-  int cols, width, log_width, teams, packets;  // log_width: of a block that is one team beyond every thread
-  float inverse_cols, inverse_first;           // 1 / cols, 1 / columns of the first piece
-  int blocks, streams, gains, stages;  // backward: of rows; x, dout, dsum; dweight, dbias; on their way
-  int threads() const { return width * teams; }
-  PALM_DEVICE int team() const { return threadIdx.x >> log_width; }
-  PALM_DEVICE int member() const { return threadIdx.x & ((1 << log_width) - 1); }
-};
-
-// x[k], k < count, summed over a team, in an order that its width fixes. `slots` may be written again behind
-// the next sum.
-template <int K>
-PALM_DEVICE void team_sum(float (&x)[K], int count, int width, float* slots) {
-#pragma unroll
-  for (int d = 16; d; d /= 2)
-    if (d < width)
-#pragma unroll
-      for (int k = 0; k < K; ++k)
-        if (k < count) x[k] += shuffle_xor(x[k], d);
-  if (width <= 32) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int k = 0; k < K; ++k)
-    if (k < count && lane == 0) slots[k * 32 + warp] = x[k];
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < K; ++k)
-    if (k < count) x[k] = warp_sum(lane < width / 32 ? slots[k * 32 + lane] : 0.f);
-}
-
-// The numbers of a packet that stays in registers. They are made anew at each use: kept, they would take
-// twice the registers.
-template <class T, int N>
-PALM_DEVICE void unpack_again(float (&x)[N], const Packet<T, N>& packet) {
-  if constexpr (N == 1)
-    unpack(x, packet);
-  else
-    unpack(x, Packet<T, N>{opaque(packet.bits)});
-}
-
-// N of weight or bias from column c on, which are T or, where wide, float.
-template <class T, int N>
-PALM_DEVICE void load_gain(float (&gain)[N], const void* from, bool wide, int64_t c) {
-  if (sizeof(T) == 4 || wide)
-    load_floats(gain, static_cast<const float*>(from) + c);
-  else
-    load<N>(gain, static_cast<const T*>(from) + c, N);
-}
-
-// The packets that a thread of forward has of R rows, from column `column` on.
-template <int N, int R>
-struct Hand {
-  static constexpr int P = kForwardPackets / R;
-  const Norm& p;
-  const NormPlan& plan;
-  int column;
-  PALM_DEVICE int64_t row_of(int j) const {
-    return (static_cast<int64_t>(blockIdx.x) * R + j) * plan.teams + plan.team();
-  }
-  PALM_DEVICE int column_of(int k) const { return column + k * plan.width * N; }
-  PALM_DEVICE bool has(int j, int k) const { return row_of(j) < p.rows.count && column_of(k) < plan.cols; }
-};
-
-template <class T, int N, int R, int P>
-PALM_DEVICE void load_rows(Packet<T, N> (&x)[R][P], const Matrix& m, const Hand<N, R>& h) {
-#pragma unroll
-  for (int j = 0; j < R; ++j) {
-    const T* from = row<const T>(h.p.rows, m, h.row_of(j));
-#pragma unroll
-    for (int k = 0; k < P; ++k) {
-      memset(&x[j][k], 0, sizeof(x[j][k]));
-      if (h.has(j, k)) x[j][k] = get<N>(from + h.column_of(k));
-    }
-  }
-}
-
-// x += residual, rounded to T, which is stored: the norm is of the stored sum.
-template <class T, int N, int R, int P>
-PALM_DEVICE void add_residual(Packet<T, N> (&x)[R][P], const Hand<N, R>& h) {
-  Packet<T, N> residual[R][P];
-  load_rows(residual, h.p.residual, h);
-#pragma unroll
-  for (int j = 0; j < R; ++j) {
-    T* sum = row<T>(h.p.rows, h.p.sum, h.row_of(j));
-#pragma unroll
-    for (int k = 0; k < P; ++k) {
-      float s[N], r[N];
-      unpack_again(s, x[j][k]);
-      unpack(r, residual[j][k]);
-#pragma unroll
-      for (int i = 0; i < N; ++i) s[i] += r[i];
-      x[j][k] = packed<T>(s);
-      if (h.has(j, k)) put(sum + h.column_of(k), x[j][k]);
-    }
-  }
-}
-
-// out = (x - mean) rstd (weight + offset) + bias
-template <class T, int N, int R, int P>
-PALM_DEVICE void store_normed(const Packet<T, N> (&x)[R][P], const float (&mean)[R], const float (&rstd)[R],
-                              const Hand<N, R>& h) {
-  const Norm& p = h.p;
-  const bool wide = p.gain_dtype == Dtype::f32;
-  const float offset = static_cast<float>(p.offset);
-  T* out[R];
-#pragma unroll
-  for (int j = 0; j < R; ++j) out[j] = row<T>(p.rows, p.out, h.row_of(j));
-#pragma unroll
-  for (int k = 0; k < P; ++k) {
-    const int c = h.column_of(k);
-    if (c >= h.plan.cols) return;
-    float y[R][N], gain[N];
-#pragma unroll
-    for (int j = 0; j < R; ++j) {
-      unpack_again(y[j], x[j][k]);
-#pragma unroll
-      for (int i = 0; i < N; ++i) y[j][i] = (y[j][i] - mean[j]) * rstd[j];
-    }
-    if (p.weight) {
-      load_gain<T>(gain, p.weight, wide, c);
-#pragma unroll
-      for (int j = 0; j < R; ++j)
-#pragma unroll
-        for (int i = 0; i < N; ++i) y[j][i] *= gain[i] + offset;
-    }
-    if (p.bias) {
-      load_gain<T>(gain, p.bias, wide, c);
-#pragma unroll
-      for (int j = 0; j < R; ++j)
-#pragma unroll
-        for (int i = 0; i < N; ++i) y[j][i] += gain[i];
-    }
-#pragma unroll
-    for (int j = 0; j < R; ++j)
-      if (h.has(j, k)) store<N>(out[j] + c, y[j], N);
-  }
-}
-
-// Long rows come in pieces and are read again for out. Their variance is taken about the mean of the first
-// piece: where the others lie far from it, so that rounding grows, so does as much the variance.
-template <class T, int N, int R>
-__global__ void __launch_bounds__(R == 1 ? kMostThreads : kThreads)
-    norm_fwd_kernel(const __grid_constant__ Norm p, const __grid_constant__ NormPlan plan) {
-  using H = Hand<N, R>;
-  PALM_SHARED(float, slots);
-  H hand{p, plan, 0};
-  const int piece = plan.width * H::P * N;
-  const bool whole = R > 1 || plan.cols <= piece;
-  Packet<T, N> x[R][H::P];
-  float mean[R] = {}, moments[2 * R] = {};  // the sums of (s - mean)^2 and of s - mean
-  for (int start = 0; start < plan.cols; start += piece) {
-    hand.column = start + plan.member() * N;
-    load_rows(x, p.x, hand);
-    if (p.residual.data) add_residual(x, hand);
-    if (plan.centred && start == 0) {
-#pragma unroll
-      for (int j = 0; j < R; ++j)
-#pragma unroll
-        for (int k = 0; k < H::P; ++k) {
-          float s[N];
-          unpack_again(s, x[j][k]);
-#pragma unroll
-          for (int i = 0; i < N; ++i) mean[j] += s[i];
-        }
-      team_sum(mean, R, plan.width, slots);
-#pragma unroll
-      for (int j = 0; j < R; ++j) mean[j] *= plan.inverse_first;
-    }
-#pragma unroll
-    for (int j = 0; j < R; ++j)
-#pragma unroll
-      for (int k = 0; k < H::P; ++k) {
-        if (!hand.has(j, k)) continue;
-        float s[N];
-        unpack_again(s, x[j][k]);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          const float d = s[i] - mean[j];
-          moments[j] += d * d;
-          moments[R + j] += d;
-        }
-      }
-    if (R > 1) break;
-  }
-  team_sum(moments, plan.centred ? 2 * R : R, plan.width, slots + 32);
-  float rstd[R];
-#pragma unroll
-  for (int j = 0; j < R; ++j) {
-    float variance = moments[j] * plan.inverse_cols;
-    if (plan.centred) {  // what rounding left of the mean is taken out of both
-      const float left = moments[R + j] * plan.inverse_cols;
-      mean[j] += left;
-      variance -= left * left < variance ? left * left : 0;
-    }
-    rstd[j] = 1 / sqrtf(variance + static_cast<float>(p.eps));
-    if (plan.member() == 0 && hand.row_of(j) < p.rows.count) {
-      if (p.mean) static_cast<float*>(p.mean)[hand.row_of(j)] = mean[j];
-      if (p.rstd) static_cast<float*>(p.rstd)[hand.row_of(j)] = rstd[j];
-    }
-  }
-  for (int start = 0; start < plan.cols; start += piece) {
-    hand.column = start + plan.member() * N;
-    if (!whole) load_rows(x, p.residual.data ? p.sum : p.x, hand);
-    store_normed(x, mean, rstd, hand);
-    if (R > 1) break;
-  }
-}
 
 // What a thread of backward has: `count` packets of its team's row, read from slots of its own in shared
 // memory (STAGED) or from the row, and as many of each gain's sums.
@@ -356,8 +140,9 @@ __global__ void __launch_bounds__(kBackwardThreads, STAGED ? 2 : 1)
                 sums, staged};
   share.clear();
   const int step = gridDim.x;
+  if constexpr (STAGED)
 #pragma unroll 1
-  for (int i = 0; i + 1 < plan.stages; ++i) share.bring(blockIdx.x + i * step, i);
+    for (int i = 0; i + 1 < plan.stages; ++i) share.bring(blockIdx.x + i * step, i);
   int stage = 0, odd = 0;
   float mean = 0, rstd = 0, next_mean = 0, next_rstd = 0;
   const auto next = [&](int64_t r) {
@@ -440,59 +225,6 @@ __global__ void __launch_bounds__(kTotalColumns* kTotalRows)
   (c < cols ? first[c] : second[c - cols]) = from_float<G>(total);
 }
 
-// Up to 128 packets a warp, or a part of it, has a row, else a block of at most `most` threads that have
-// `least` packets each, or more.
-NormPlan planned(const Norm& p, bool centred, int64_t packets, int64_t least, int64_t most) {
-  NormPlan plan{};
-  plan.centred = centred;
-  plan.cols = static_cast<int>(p.cols);
-  plan.inverse_cols = 1.f / static_cast<float>(p.cols);
-  const int64_t each = std::max(least, cdiv(packets, most));
-  if (packets > 32 * kForwardPackets) {
-    plan.width = static_cast<int>(cdiv(cdiv(packets, each), 32) * 32);
-    plan.log_width = 10;
-    plan.teams = 1;
-  } else {
-    while (plan.log_width < 5 && (1 << plan.log_width) < packets) ++plan.log_width;
-    plan.width = 1 << plan.log_width;
-    plan.teams = kThreads / plan.width;
-  }
-  plan.packets = static_cast<int>(cdiv(packets, plan.width));
-  plan.blocks = static_cast<int>(cdiv(p.rows.count, plan.teams));
-  return plan;
-}
-
-// f(element, packet size): packets of 16 bytes where all operands are aligned to them.
-template <class F>
-void with_packets(const Norm& p, std::initializer_list<const Matrix*> operands, F&& f) {
-  with_dtype(p.dtype, [&](auto e) {
-    using T = decltype(e);
-    if (p.cols % kPacket<T> == 0 && aligned(p.weight) && aligned(p.bias))
-      with_packet<T>(p.rows, operands, [&](auto n) { f(e, n); });
-    else
-      f(e, std::integral_constant<int, 1>{});
-  });
-}
-
-void norm_fwd(const Norm& p, const Queue& queue, bool centred) {
-  if (p.rows.count == 0 || p.cols == 0) return;
-  with_packets(p, {&p.x, &p.residual, &p.sum, &p.out}, [&](auto e, auto n) {
-    using T = decltype(e);
-    constexpr int N = decltype(n)::value;
-    const int64_t packets = p.cols / N;
-    NormPlan plan = planned(p, centred, packets, kForwardPackets, kMostThreads);
-    const int piece = plan.width * kForwardPackets * N;
-    plan.inverse_first = 1.f / static_cast<float>(std::min(plan.cols, piece));
-    const size_t shared = plan.width > 32 ? kSlots * sizeof(float) : 0;
-    if (N > 1 && packets <= 32)
-      launch<norm_fwd_kernel<T, N, N == 1 ? 1 : 4>>(cdiv(p.rows.count, 4 * plan.teams), plan.threads(),
-                                                    shared, queue, p, plan);
-    else
-      launch<norm_fwd_kernel<T, N, 1>>(cdiv(p.rows.count, plan.teams), plan.threads(), shared, queue, p,
-                                       plan);
-  });
-}
-
 // Rows that a block has on their way, beside `fixed` bytes of shared memory, where four blocks share a
 // multiprocessor (kGroups are nearly as many on an H100), else two, else one; 0 where not one row fits.
 int stages_in(int arch, int64_t fixed, int64_t row) {
@@ -552,9 +284,7 @@ void norm_bwd(const Norm& p, const Queue& queue, bool centred) {
   });
 }
 
-void rms_norm_fwd(const Norm& p, const Queue& queue) { norm_fwd(p, queue, false); }
 void rms_norm_bwd(const Norm& p, const Queue& queue) { norm_bwd(p, queue, false); }
-void layer_norm_fwd(const Norm& p, const Queue& queue) { norm_fwd(p, queue, true); }
 void layer_norm_bwd(const Norm& p, const Queue& queue) { norm_bwd(p, queue, true); }
 
 }  // namespace palm::cuda
