@@ -9,8 +9,7 @@
 namespace palm::cuda {
 
 constexpr int kWarpPackets = 4;  // packets a thread, above which a row gets a block instead of a warp
-constexpr int kSlots =
-    3 * 32;  // floats of shared memory through which the warps of a block add up three numbers
+constexpr int kSlots = 3 * 32;   // floats through which the warps of a block add up three numbers
 
 // A row is shared by a team of `width` neighbouring threads: a warp or part of it, `teams` in a block, or the
 // whole block. Member m has the packets m, m + width, ...; `packets` is the most of them.
