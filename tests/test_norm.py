@@ -27,8 +27,20 @@ import palm_kernels as pk
 from palm_kernels import dispatch
 
 NORMS = ["rms_norm", "layer_norm"]
-# empty, no columns, one row, short rows, tails of every vector width, several chunks, long rows
-SHAPES = [(0, 8), (3, 0), (16,), (1, 1), (40, 3), (2, 129, 33), (1100, 5), (40, 130), (5, 2, 3, 64)]
+# empty, no columns, one row, short rows, tails of every vector width, several chunks, whole packets, long rows
+SHAPES = [
+    (0, 8),
+    (3, 0),
+    (16,),
+    (1, 1),
+    (40, 3),
+    (2, 129, 33),
+    (1100, 5),
+    (40, 130),
+    (5, 2, 3, 64),
+    (300, 64),
+    (20, 2064),
+]
 SHAPES += [(1, 18_432), (1, 9_001)] if INTERPRETED else [(3, 18_432), (2, 9_001)]
 both = pytest.mark.parametrize("norm", NORMS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

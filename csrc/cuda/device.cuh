@@ -24,7 +24,7 @@
 #define PALM_SHARED(T, name) T* name = reinterpret_cast<T*>(palm::emulator::block().shared)
 // A device-side assertion on data that the host cannot see; the message begins with the op's name.
 #define PALM_ASSERT(condition, message) \
-  if (!(condition)) palm::emulator::fail("device-side assert: " message)
+  if (!(condition)) palm::emulator::assertion_failed(message)
 #else
 #define PALM_DEVICE __device__ __forceinline__
 #define PALM_SHARED(T, name)                                            \

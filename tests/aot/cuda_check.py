@@ -30,7 +30,8 @@ OPCODES = {
 }
 # What must stand in the machine code of the kernels whose name matches (of every architecture, or of the one named).
 EXPECTED = (
-    (r"^swiglu_\w+<(bf16|f16), 8>|^swiglu_\w+<float, 4>", "", ("LDG.128", "STG.128")),
+    (r"^(swiglu_\w+|rotary_kernel|norm_(fwd|bwd)_kernel)<((bf16|f16), 8|float, 4)\b", "", ("LDG.128", "STG.128")),
+    (r"^norm_bwd_kernel<((bf16|f16), 8|float, \d), true", "", ("LDGSTS",)),
     (r"^cross_entropy_(rows|bwd)_kernel", "", ("LDG.128", "STG.128")),
     (r"^soft_weak_embedding_(fwd|pieces|long|segments)_kernel<((bf16|f16), 8|float, 4)>", "", ("LDG.128", "STG.128")),
     (r"^soft_weak_embedding_slope_kernel<((bf16|f16), 8|float, 4)>", "", ("LDG.128",)),

@@ -56,6 +56,12 @@ namespace palm::emulator {
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("emulator: " + what); }
 
+// The caller has no string to destroy while the exception passes: AddressSanitizer, which does not know the
+// fibers' stacks, would then find on them what the frame that threw has left.
+[[noreturn]] inline void assertion_failed(const char* message) {
+  throw std::runtime_error(std::string("emulator: device-side assert: ") + message);
+}
+
 // An mbarrier in its 8 bytes of shared memory.
 struct Mbar {
   uint64_t phase : 1, count : 15, pending : 16;

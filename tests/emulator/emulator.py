@@ -45,11 +45,15 @@ def rules(sanitize: bool) -> list[str]:
     ]
 
 
+def sources() -> list[pathlib.Path]:
+    return sorted([*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/bindings.cpp"])
+
+
 def library(folder: pathlib.Path, *, sanitize: bool = False) -> pathlib.Path:
     """Build folder/_emulated.so from this tree and return it."""
     torch_include, torch_lib = build.torch_folders()
     lines, objects = rules(sanitize), []
-    for source in sorted([*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/bindings.cpp"]):
+    for source in sources():
         extra = f"{build.TARGET} {torch_include}" if source.suffix == ".cpp" else ""
         objects.append(f"{source.stem}.o")
         lines.append(f"build {source.stem}.o: cxx {source}\n  flags = {extra}")
@@ -69,7 +73,7 @@ def planted(folder: pathlib.Path, file: str, old: str, new: str, compiled: str, 
         raise ValueError(f"{file} has {text.count(old)} times {old!r}")
     shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
     (folder / "csrc/cuda" / file).write_text(text.replace(old, new))
-    others = [str(o) for o in sorted(whole.glob("*.o")) if o.stem != compiled]
+    others = [str(whole / f"{source.stem}.o") for source in sources() if source.stem != compiled]
     # first, because of inline functions that several objects hold the linker takes the first
     line = link_line([f"{compiled}.o", *others], build.torch_folders()[1])
     ninja(folder, [*rules(sanitize), f"build {compiled}.o: cxx {folder}/csrc/cuda/{compiled}.cu", line])

@@ -31,6 +31,23 @@ MISTAKES = {
         "test_swiglu.py::test_strides",
         "deadlock in block",
     ),
+    "missing barrier": Mistake(
+        "norm.cuh",
+        "  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < K; ++k)\n    if (k < count) x[k] = warp_sum",
+        "#pragma unroll\n  for (int k = 0; k < K; ++k)\n    if (k < count) x[k] = warp_sum",
+        "norm_bwd",
+        "test_norm.py::test_matches_reference",
+        "not finite",
+        seed=1,
+    ),
+    "a copy not waited for": Mistake(
+        "norm_bwd.cu",
+        "      wait_stages(plan.stages);",
+        "      wait_stages(plan.stages + 1);",
+        "norm_bwd",
+        "test_norm.py::test_matches_reference",
+        "not finite",
+    ),
     "one tile too few": Mistake(
         "common.cuh",
         "(rows + high - 1) / high",
