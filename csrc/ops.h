@@ -176,6 +176,8 @@ struct Queue {
   X(peak, Peak)
 
 // Those that have a CUDA launcher; goes when it equals PALM_OPS.
-#define PALM_CUDA_OPS(X) \
-  X(swiglu_fwd, Swiglu)  \
+#define PALM_CUDA_OPS(X)         \
+  X(attention_fwd, Attention)    \
+  X(attention_decode, Attention) \
+  X(swiglu_fwd, Swiglu)          \
   X(swiglu_bwd, Swiglu)

@@ -56,13 +56,13 @@ struct Bounds {
   int lo, hi;
 };
 PALM_DEVICE Bounds visible(const Attention& p, const Sequence& s, int t) {
-  const int64_t diagonal = int64_t(t) + s.S - s.T;
-  int64_t lo = 0, hi = s.S - 1;
-  if (p.right >= 0) hi = min(hi, diagonal + p.right);
-  if (p.causal) hi = min(hi, max(diagonal, int64_t(s.prefix) - 1));
-  if (p.left >= 0) lo = min(max(lo, diagonal - p.left), int64_t(s.S));
-  hi = max(hi, int64_t(-1));
-  if (!s.rank) return {int(lo), int(hi)};
+  const int diagonal = t + s.S - s.T, after = s.T - 1 - t;  // of diagonal to the last key
+  int lo = 0, hi = s.S - 1;
+  if (p.right >= 0 && p.right < after) hi = diagonal + int(p.right);
+  if (p.causal) hi = min(hi, max(diagonal, s.prefix - 1));
+  if (p.left >= 0 && p.left < diagonal) lo = min(diagonal - int(p.left), s.S);
+  hi = max(hi, -1);
+  if (!s.rank) return {lo, hi};
   return {s.rank[lo], s.rank[hi + 1] - 1};
 }
 
@@ -90,6 +90,9 @@ struct RowTile {
   int sequence;
 };
 
+// Query heads of a key/value head.
+PALM_DEVICE int group(const Attention& p) { return int(p.H) / int(p.K); }
+
 // The sequence of a packed batch that owns `slot` and its tile: sequence b begins at slot cu[b] factor /
 // BLOCK
 // + b, which leaves every sequence at least as many slots as it has tiles.
@@ -113,22 +116,23 @@ inline int64_t key_slots(const Attention& p, int BN) {
 }
 
 // Of block `index` of K row_slots(p, BM): later tokens first, since under causal they see more keys.
-PALM_DEVICE RowTile row_tile(const Attention& p, int64_t index, int BM) {
-  const int64_t G = p.H / p.K, slots = p.cu_q ? p.q_rows * G / BM + p.B : p.B * cdiv(p.T * G, BM);
+PALM_DEVICE RowTile row_tile(const Attention& p, int index, int BM) {
+  const int G = group(p), B = int(p.B), K = int(p.K);
   RowTile r;
   int64_t tile;
   if (p.cu_q) {
-    r.head = int(index / slots);
-    r.sequence = locate(p.cu_q, p.B, G, BM, index % slots, tile);
+    const int slots = int(p.q_rows * G / BM) + B;
+    r.head = index / slots;
+    r.sequence = locate(p.cu_q, B, G, BM, index % slots, tile);
     r.slot = index;
-    r.rows = int((p.cu_q[r.sequence + 1] - p.cu_q[r.sequence]) * G);
+    r.rows = (p.cu_q[r.sequence + 1] - p.cu_q[r.sequence]) * G;
   } else {
-    const int64_t tiles = cdiv(p.T * G, BM), bk = index % (p.B * p.K);
-    tile = tiles - 1 - index / (p.B * p.K);
-    r.head = int(bk % p.K);
-    r.sequence = int(bk / p.K);
-    r.slot = r.head * slots + r.sequence * tiles + tile;
-    r.rows = int(p.T * G);
+    r.rows = int(p.T) * G;
+    const int tiles = int(cdiv(r.rows, BM)), bk = index % (B * K);
+    tile = tiles - 1 - index / (B * K);
+    r.head = bk % K;
+    r.sequence = bk / K;
+    r.slot = (int64_t(r.head) * B + r.sequence) * tiles + tile;
   }
   r.first = int(min(tile * BM, int64_t(r.rows)));
   return r;
@@ -153,6 +157,8 @@ PALM_DEVICE T* at_key(const Heads& x, const Sequence& s, int head, int n) {
 // With one they are natural, so that finite stand-ins for -inf, such as the smallest float32, do not
 // overflow.
 PALM_DEVICE bool folds(const Attention& p) { return !p.key_bias && p.scale > 0; }
+// Factor of a difference of scores in the exponent of 2.
+PALM_DEVICE float unit_of(const Attention& p) { return folds(p) ? float(p.scale) * kLog2e : kLog2e; }
 
 // ---- tiles in shared memory: [ROWS][D], 16-byte chunks swizzled within 128 bytes by the row, so that
 // ldmatrix and 16-byte stores meet no bank twice
@@ -170,26 +176,79 @@ PALM_DEVICE T* element_at(T* tile, int row, int column) {
   return chunk_at<D>(tile, row, column / N) + column % N;
 }
 
+// What this lane gives ldmatrix for rows row..row + 15 and chunks chunk, chunk + 1 (row a multiple of 8,
+// chunk even). Matrices 0 to 3: both row halves of the first chunk, then of the second; with CHUNKS_FIRST
+// both chunks of the first rows, then of the others. The lane's part takes four values at most, the rest are
+// constants beside the tile's address.
+template <int D, bool CHUNKS_FIRST, class T>
+PALM_DEVICE const T* lane_chunk(const T* tile, int row, int chunk) {
+  const int lane = threadIdx.x % 32, low = lane >> 3 & 1, high = lane >> 4;
+  const int lane_row = (lane & 7) + (CHUNKS_FIRST ? high : low) * 8;
+  const int swizzled = (CHUNKS_FIRST ? low : high) ^ (lane & 7) ^ (chunk & 7);
+  return tile + (lane_row * D + swizzled * kChunk<T>)+(row * D + (chunk & ~7) * kChunk<T>);
+}
+
 // Starts to copy ROWS rows of `dim` elements; row_of(i) is row i's address or null; zeros there and beyond
 // dim. `aligned`: addresses are multiples of 16 bytes. Complete after commit_copies, wait_copies and a
 // barrier.
 template <int D, int ROWS, int THREADS, class T, class RowOf>
 PALM_DEVICE void load_tile(T* tile, int dim, bool aligned, const RowOf& row_of) {
-  constexpr int N = kChunk<T>, CHUNKS = D / N;
-  static_assert(THREADS % CHUNKS == 0);
-  const int chunk = threadIdx.x % CHUNKS, column = chunk * N;
+  constexpr int N = kChunk<T>, CHUNKS = D / N, STEP = THREADS / CHUNKS, COUNT = ROWS / STEP;
+  static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0);
+  const int thread = thread_again(), chunk = thread % CHUNKS, first = thread / CHUNKS, column = chunk * N;
+  if (aligned && (column + N <= dim || column >= dim)) {
+    const T* from[COUNT];  // all first: what row_of reads would wait behind the copies
 #pragma unroll
-  for (int i = threadIdx.x / CHUNKS; i < ROWS; i += THREADS / CHUNKS) {
-    const T* row = row_of(i);
-    T* to = chunk_at<D>(tile, i, chunk);
-    if (aligned && (column + N <= dim || column >= dim)) {
-      const bool wanted = row && column < dim;
-      copy_async<16>(to, wanted ? row + column : nullptr, wanted);
-    } else {
+    for (int j = 0; j < COUNT; ++j) from[j] = row_of(first + j * STEP);
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j)
+      copy_async<16>(chunk_at<D>(tile, first + j * STEP, chunk), from[j] + column, from[j] && column < dim);
+  } else {
+#pragma unroll 1
+    for (int i = first; i < ROWS; i += STEP) {
+      const T* row = row_of(i);
+      T* to = chunk_at<D>(tile, i, chunk);
 #pragma unroll
       for (int j = 0; j < N; ++j) to[j] = row && column + j < dim ? row[column + j] : T(0.f);
     }
   }
+}
+// Kept keys first.. of a sequence whose first key row is `base`: without positions one addition an address.
+template <int D, int ROWS, int THREADS, class T>
+PALM_DEVICE void load_keys(T* tile, const T* base, int64_t stride, const Sequence& s, int first, int dim,
+                           bool aligned) {
+  constexpr int N = kChunk<T>, CHUNKS = D / N, STEP = THREADS / CHUNKS;
+  const int count = s.kept - first;
+  if (s.position || !aligned || dim % N) {
+    return load_tile<D, ROWS, THREADS>(tile, dim, aligned, [&](int i) -> const T* {
+      return i < count ? base + (s.position ? s.position[first + i] : first + i) * stride : nullptr;
+    });
+  }
+  const int thread = thread_again(), column = thread % CHUNKS * N, mine = thread / CHUNKS;
+  const T* from = base + (first + mine) * stride + column;
+#pragma unroll
+  for (int j = 0; j < ROWS; j += STEP, from += STEP * stride)
+    copy_async<16>(chunk_at<D>(tile, mine + j, column / N), from, mine + j < count && column < dim);
+}
+
+// Two neighbours, at an even column.
+template <class T>
+PALM_DEVICE void store_pair(T* to, float lo, float hi) {
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float2*>(to) = make_float2(lo, hi);
+  } else {
+    const uint32_t both = pack<T>(lo, hi);
+    memcpy(__builtin_assume_aligned(static_cast<void*>(to), 4), &both, 4);
+  }
+}
+// A chunk of a tile to a row that has `left` more elements.
+template <class T>
+PALM_DEVICE void store_chunk(T* to, const T* chunk, int left, bool fits) {
+  constexpr int N = kChunk<T>;
+  if (fits && left >= N) return store_16(to, *reinterpret_cast<const uint4*>(chunk));
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i < left) to[i] = chunk[i];
 }
 
 // ---- fragments. Mma<T>: products over K columns. A is 16 rows, B two neighbouring tiles of 8 columns, so
@@ -207,26 +266,22 @@ struct Mma {
   // Rows row..row + 15 of a tile, columns k..k + K - 1.
   template <int D>
   static PALM_DEVICE A load_a(const T* tile, int row, int k) {
-    const int lane = threadIdx.x % 32;
     A a;
-    ldmatrix<false>(a.r, chunk_at<D>(tile, row + (lane & 15), k / kChunk<T> + (lane >> 4)));
+    ldmatrix<false>(a.r, lane_chunk<D, false>(tile, row, k / kChunk<T>));
     return a;
   }
   // Of the transposed tile: its columns are rows n..n + 15, its rows columns k..k + K - 1.
   template <int D>
   static PALM_DEVICE B load_b(const T* tile, int n, int k) {
-    const int lane = threadIdx.x % 32;
     B b;
-    ldmatrix<false>(b.r,
-                    chunk_at<D>(tile, n + (lane & 7) + (lane >> 4) * 8, k / kChunk<T> + (lane >> 3 & 1)));
+    ldmatrix<false>(b.r, lane_chunk<D, true>(tile, n, k / kChunk<T>));
     return b;
   }
   // Of the tile as it stands: rows k..k + K - 1, columns n..n + 15. Goes with `a_of` of accumulators.
   template <int D>
   static PALM_DEVICE B load_rows_b(const T* tile, int k, int n) {
-    const int lane = threadIdx.x % 32;
     B b;
-    ldmatrix<true>(b.r, chunk_at<D>(tile, k + (lane & 15), n / kChunk<T> + (lane >> 4)));
+    ldmatrix<true>(b.r, lane_chunk<D, false>(tile, k, n / kChunk<T>));
     return b;
   }
   // The K / 8 neighbouring accumulator tiles c[0..], rounded to T, as the left operand of the next product.
@@ -254,16 +309,14 @@ struct Mma<float> {
 
   template <int D>
   static PALM_DEVICE A load_a(const float* tile, int row, int k) {
-    const int lane = threadIdx.x % 32;
     A a;
-    ldmatrix<false>(a.r, chunk_at<D>(tile, row + (lane & 15), k / 4 + (lane >> 4)));
+    ldmatrix<false>(a.r, lane_chunk<D, false>(tile, row, k / 4));
     return a;
   }
   template <int D>
   static PALM_DEVICE B load_b(const float* tile, int n, int k) {
-    const int lane = threadIdx.x % 32;
     B b;
-    ldmatrix<false>(b.r, chunk_at<D>(tile, n + (lane & 7) + (lane >> 4) * 8, k / 4 + (lane >> 3 & 1)));
+    ldmatrix<false>(b.r, lane_chunk<D, true>(tile, n, k / 4));
     return b;
   }
   // Accumulators hold columns 2 t and 2 t + 1, the left operand k = t and t + 4: both operands number k so
@@ -322,6 +375,20 @@ struct Mma<float> {
 // ---- made on the device before attention's kernels run
 Keys compact_keys(const Attention& p, const Queue& queue);
 void check_offsets(const Attention& p, const Queue& queue);
+
+// f(D): the bucket of head dims, zeros beyond the real one.
+template <class F>
+void with_head_dim(int64_t D, F&& f) {
+  if (D <= 64) return f(std::integral_constant<int, 64>{});
+  if (D <= 128) return f(std::integral_constant<int, 128>{});
+  f(std::integral_constant<int, 256>{});
+}
+
+// Shared memory that a block may have, less on the chips beside the data centre's.
+inline size_t shared_limit(const Queue& queue) {
+  const bool small = queue.arch == 86 || queue.arch == 89 || queue.arch >= 120;
+  return (small ? 99 : queue.arch < 90 ? 163 : 227) << 10;
+}
 
 // Whether every row of x begins at a multiple of 16 bytes.
 template <class T>

@@ -162,6 +162,18 @@ PALM_DEVICE void arrive_named(int id, int threads) {
 #endif
 }
 
+// threadIdx.x, read anew: the compiler cannot move what follows from it out of a loop, where it would occupy
+// registers all along.
+PALM_DEVICE int thread_again() {
+#if defined(PALM_EMULATE)
+  return threadIdx.x;
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
+
 // ---- numbers
 PALM_DEVICE float to_float(float x) { return x; }
 PALM_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
