@@ -1,0 +1,346 @@
+// Attention forward by Hopper's own instructions (FlashAttention-3): one warpgroup copies tiles of keys and
+// values by TMA into a ring of stages, two others, 64 packed rows each, multiply them by wgmma. While a
+// warpgroup weighs its scores the other's products run: they take turns to issue theirs, the scores of the
+// next tile together with the values of this one.
+#include "attention.cuh"
+#include "hopper.cuh"
+
+namespace palm::cuda {
+
+#if PALM_SM90A
+namespace {
+
+constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr int kConsumers = 2, kBlockRows = 64 * kConsumers, kBlockThreads = kGroup * (1 + kConsumers);
+constexpr int kTurns = kGroup * kConsumers;
+enum NamedBarrier { kTurn = 1, kOwn = 3 };  // one of each a consumer
+
+// Tiles are [D / 64][rows][64]: rows of 128 bytes, swizzled as TMA does.
+template <class T, int D>
+struct Ring {
+  static constexpr int BN = D == 256 ? 80 : 128, STAGES = D == 64 ? 3 : 2;
+  T q[kBlockRows * D];  // in the end out
+  T k[STAGES][BN * D], v[STAGES][BN * D];
+  uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], v_raw;
+};
+
+struct Stage {
+  int index = 0;
+  uint32_t parity = 0;
+
+  PALM_DEVICE void next(int stages) {
+    if (++index < stages) return;
+    index = 0;
+    parity ^= 1;
+  }
+};
+
+template <int ROWS, class T>
+PALM_DEVICE T* chunk_of(T* tile, int row, int chunk) {
+  return tile + (chunk / 8 * ROWS + row) * 64 + ((chunk ^ (row & 7)) & 7) * 8;
+}
+
+// ---- the producer: one warp
+template <class T, int D>
+PALM_DEVICE void copy_tile(T* to, const TensorMap& map, int token, int head, int batch, uint64_t& full) {
+  constexpr int BN = Ring<T, D>::BN;
+  if (threadIdx.x % 32) return;
+  mbarrier_expect(full, BN * D * sizeof(T));
+#pragma unroll
+  for (int x = 0; x < D; x += 64) copy_box(to + x * BN, map, x, token, head, batch, full);
+}
+
+template <class T, int D>
+PALM_DEVICE void produce(const Attention& p, const Sequence& s, int head, const Range& range,
+                         Ring<T, D>& ring, const TensorMap& k_map, const TensorMap& v_map) {
+  constexpr int BN = Ring<T, D>::BN;
+  const int batch = p.cu_k ? 0 : s.b, lane = threadIdx.x % 32;
+  Stage k{0, 1}, v{0, 1};
+  // In the order of use: the scores of the next tile come before the values of this one.
+  for (int j = range.begin; j <= range.end; ++j) {
+    const int token = s.k_row + j * BN;
+    if (j < range.end) {
+      mbarrier_wait(ring.k_empty[k.index], k.parity);
+      copy_tile<T, D>(ring.k[k.index], k_map, token, head, batch, ring.k_full[k.index]);
+      k.next(Ring<T, D>::STAGES);
+    }
+    if (j == range.begin) continue;
+    T* const tile = ring.v[v.index];
+    uint64_t& full = ring.v_full[v.index];
+    mbarrier_wait(ring.v_empty[v.index], v.parity);
+    // The rows behind a packed sequence are another's: weight 0 times what stands there may be NaN.
+    const bool ragged = p.cu_k && j * BN > s.S;
+    copy_tile<T, D>(tile, v_map, token - BN, head, batch, ragged ? ring.v_raw : full);
+    if (ragged) {
+      mbarrier_wait(ring.v_raw, 0);
+      for (int row = s.S - (j - 1) * BN; row < BN; ++row)
+        if (lane < D / 8) *reinterpret_cast<uint4*>(chunk_of<BN>(tile, row, lane)) = {};
+      fence_proxy_async();
+      sync_warp();
+      if (lane == 0) mbarrier_arrive(full);
+    }
+    v.next(Ring<T, D>::STAGES);
+  }
+}
+
+// ---- a consumer: thread l % 32 of a warp has rows l / 4 and l / 4 + 8 of its warp's 16
+template <class T, int D>
+PALM_DEVICE void load_queries(T* tile, const Attention& p, const Sequence& s, const RowTile& r, int first) {
+  constexpr int CHUNKS = D / 8;
+  const int thread = threadIdx.x % kGroup, chunk = thread % CHUNKS;
+#pragma unroll
+  for (int i = thread / CHUNKS; i < 64; i += kGroup / CHUNKS) {
+    const int row = r.first + first + i;
+    const bool wanted = row < r.rows;
+    const T* from = wanted ? at_row<const T>(p.q, s, int(p.H / p.K), r.head, row) + chunk * 8 : nullptr;
+    copy_async<16>(chunk_of<kBlockRows>(tile, first + i, chunk), from, wanted);
+  }
+  commit_copies();
+  wait_copies<0>();
+  fence_proxy_async();
+}
+
+// s = q k^T
+template <class T, int D, int BN>
+PALM_DEVICE void start_scores(float (&s)[BN / 8][4], uint64_t q, uint64_t k) {
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+    const int panel = i / 4, step = i % 4 * 32;  // bytes
+    wgmma<T, BN, false>(s, q + ((panel * kBlockRows * 128 + step) >> 4), k + ((panel * BN * 128 + step) >> 4),
+                        i > 0);
+  }
+  wgmma_commit();
+}
+// o += weights v
+template <class T, int D, int BN>
+PALM_DEVICE void start_values(float (&o)[D / 8][4], const uint32_t (&weights)[BN / 16][4], uint64_t v) {
+#pragma unroll
+  for (int i = 0; i < BN / 16; ++i) wgmma<T, D, true>(o, weights[i], v + ((i * 16 * 128) >> 4), true);
+  wgmma_commit();
+}
+
+template <int N>
+PALM_DEVICE void mask(float (&s)[N][4], const Bounds (&sees)[2], int first) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int n = first + i * 8 + c % 2;
+      if (n < sees[c / 2].lo || n > sees[c / 2].hi) s[i][c] = -INFINITY;
+    }
+}
+
+struct Softmax {
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {};  // totals of this thread's columns
+
+  // Scores become weights relative to the new top; kept: what the weights so far are worth now.
+  template <int N>
+  PALM_DEVICE void weigh(float (&s)[N][4], float unit, float (&kept)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float highest = top[h];
+#pragma unroll
+      for (int i = 0; i < N; ++i) highest = fmaxf(highest, fmaxf(s[i][2 * h], s[i][2 * h + 1]));
+      highest = warp_max<4>(highest);
+      const float base = highest == -INFINITY ? 0 : highest;
+      kept[h] = exp2_fast((top[h] - base) * unit);
+      top[h] = highest;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        for (int c = 2 * h; c < 2 * h + 2; ++c) s[i][c] = exp2_fast((s[i][c] - base) * unit);
+        sum += s[i][2 * h] + s[i][2 * h + 1];
+      }
+      total[h] = total[h] * kept[h] + sum;
+    }
+  }
+};
+
+template <class T, int N>
+PALM_DEVICE void round_weights(uint32_t (&weights)[N / 2][4], const float (&s)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const typename Mma<T>::A a = Mma<T>::a_of(s + 2 * i);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) weights[i][r] = a.r[r];
+  }
+}
+
+// out and lse of a warpgroup's rows, `first` on; out goes through the queries' place, to be stored by rows.
+template <class T, int D>
+PALM_DEVICE void store_rows(T* tile, const Attention& p, const Sequence& s, const RowTile& r, int first,
+                            float (&o)[D / 8][4], const Softmax& softmax) {
+  const int lane = threadIdx.x % 32, G = int(p.H / p.K), warp_row = first + threadIdx.x % kGroup / 32 * 16;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = warp_row + lane / 4 + h * 8, global = r.first + row;
+    const float total = warp_sum<4>(softmax.total[h]), factor = total == 0 ? 0 : reciprocal_fast(total);
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      const uint32_t pair = pack<T>(o[i][2 * h] * factor, o[i][2 * h + 1] * factor);
+      memcpy(static_cast<void*>(chunk_of<kBlockRows>(tile, row, i) + lane % 4 * 2), &pair, 4);
+    }
+    if (p.lse.data && lane % 4 == 0 && global < r.rows)
+      *at_row<float>(p.lse, s, G, r.head, global) =
+          total == 0 ? -INFINITY : softmax.top[h] * float(p.scale) + logf(total);
+  }
+  sync_warp();
+  constexpr int CHUNKS = D / 8;
+#pragma unroll 4
+  for (int i = lane / CHUNKS; i < 16; i += 32 / CHUNKS) {
+    const int row = r.first + warp_row + i, chunk = lane % CHUNKS;
+    if (row >= r.rows) break;
+    store_16(at_row<T>(p.out, s, G, r.head, row) + chunk * 8,
+             *reinterpret_cast<const uint4*>(chunk_of<kBlockRows>(tile, warp_row + i, chunk)));
+  }
+}
+
+template <class T, int D>
+PALM_DEVICE void consume(const Attention& p, const Sequence& s, const RowTile& r, const Range& range,
+                         float unit, int group, Ring<T, D>& ring) {
+  constexpr int BN = Ring<T, D>::BN, STAGES = Ring<T, D>::STAGES;
+  const int lane = threadIdx.x % 32, first = group * 64;
+  load_queries<T, D>(ring.q, p, s, r, first);
+  sync_named(kOwn + group, kGroup);
+
+  const int row = r.first + first + threadIdx.x % kGroup / 32 * 16 + lane / 4, G = int(p.H / p.K);
+  const Bounds sees[2] = {visible(p, s, row / G), visible(p, s, (row + 8) / G)};
+  const uint64_t q = descriptor(ring.q + first * 64, 0, 1024);
+  const auto k_tile = [&](int i) { return descriptor(ring.k[i], 0, 1024); };
+  const auto v_tile = [&](int i) { return descriptor(ring.v[i], BN * 128, 1024); };
+  const auto release = [&](uint64_t& empty) {
+    if (lane == 0) mbarrier_arrive(empty);
+  };
+  float scores[BN / 8][4] = {}, o[D / 8][4] = {}, kept[2];
+  uint32_t weights[BN / 16][4];
+  Softmax softmax;
+  const auto weigh = [&](int j) {
+    if (j < range.full0 || j >= range.full1) mask(scores, sees, j * BN + lane % 4 * 2);
+    softmax.weigh(scores, unit, kept);
+  };
+
+  if (range.begin < range.end) {
+    Stage stage, before;  // of the scores, of the values
+    mbarrier_wait(ring.k_full[0], 0);
+    wgmma_fence(scores);
+    start_scores<T, D, BN>(scores, q, k_tile(0));
+    wgmma_wait<0>(scores);
+    release(ring.k_empty[0]);
+    weigh(range.begin);
+    round_weights<T>(weights, scores);
+    stage.next(STAGES);
+    if (group == 1 && range.begin + 1 < range.end) arrive_named(kTurn, kTurns);
+    for (int j = range.begin + 1; j < range.end; ++j) {
+      mbarrier_wait(ring.k_full[stage.index], stage.parity);
+      sync_named(kTurn + group, kTurns);
+      wgmma_fence(scores);
+      start_scores<T, D, BN>(scores, q, k_tile(stage.index));
+      mbarrier_wait(ring.v_full[before.index], before.parity);
+      wgmma_fence(o, weights);
+      start_values<T, D, BN>(o, weights, v_tile(before.index));
+      if (group == 0 || j + 1 < range.end) arrive_named(kTurn + 1 - group, kTurns);
+      wgmma_wait<1>(scores);
+      release(ring.k_empty[stage.index]);
+      weigh(j);
+      wgmma_wait<0>(o);
+      release(ring.v_empty[before.index]);
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) o[i][c] *= kept[c / 2];
+      round_weights<T>(weights, scores);
+      before = stage;
+      stage.next(STAGES);
+    }
+    mbarrier_wait(ring.v_full[before.index], before.parity);
+    wgmma_fence(o, weights);
+    start_values<T, D, BN>(o, weights, v_tile(before.index));
+    wgmma_wait<0>(o);
+  }
+  sync_named(kOwn + group, kGroup);
+  store_rows<T, D>(ring.q, p, s, r, first, o, softmax);
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_hopper_kernel(const __grid_constant__ Attention p, const __grid_constant__ TensorMap k_map,
+                            const __grid_constant__ TensorMap v_map, float unit) {
+#if defined(PALM_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Tiles = Ring<T, D>;
+  PALM_SHARED(Tiles, ring);
+  const RowTile r = row_tile(p, blockIdx.x, kBlockRows);
+  if (r.first >= r.rows) return;
+  const Sequence s = whole_sequence(p, r.sequence);
+  const int G = int(p.H / p.K), last = min(r.first + kBlockRows, r.rows) - 1;
+  const Range range = key_tiles(p, s, r.first / G, last / G, Tiles::BN);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Tiles::STAGES; ++i) {
+      mbarrier_init(ring->k_full[i], 1);
+      mbarrier_init(ring->v_full[i], 1);
+      mbarrier_init(ring->k_empty[i], kConsumers * 4);  // warps
+      mbarrier_init(ring->v_empty[i], kConsumers * 4);
+    }
+    mbarrier_init(ring->v_raw, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  // 384 threads begin with 168 registers: 128 x 24 + 256 x 240 are as many.
+  const int group = shuffle(int(threadIdx.x / kGroup), 0) - 1;  // the compiler sees that it holds for the warp
+  if (group < 0) {
+    give_registers<24>();
+    if (threadIdx.x < 32) produce<T, D>(p, s, r.head, range, *ring, k_map, v_map);
+  } else {
+    take_registers<240>();
+    consume<T, D>(p, s, r, range, unit, group, *ring);
+  }
+#endif
+}
+
+// The keys or values of all sequences, in boxes of 64 columns of BN tokens of one head.
+bool map_keys(TensorMap& map, const Attention& p, const Heads& x, int BN) {
+  const uint64_t size[4] = {uint64_t(p.D), uint64_t(p.cu_k ? p.k_rows : p.S), uint64_t(p.K),
+                            uint64_t(p.cu_k ? 1 : p.B)};
+  const int64_t given[3] = {x.token, x.head, x.batch};
+  uint64_t stride[3];
+  for (int i = 0; i < 3; ++i) {
+    if (size[i + 1] > 1 && given[i] <= 0) return false;
+    stride[i] = 2 * uint64_t(size[i + 1] > 1 ? given[i] : p.D);
+  }
+  return tensor_map(map, p.dtype, x.data, size, stride, {64, uint32_t(BN), 1, 1});
+}
+
+template <class T, int D>
+bool run(const Attention& p, float unit, const Queue& queue) {
+  using Tiles = Ring<T, D>;
+  TensorMap k_map, v_map;
+  if (!aligned<T>(p.q) || !aligned<T>(p.out)) return false;
+  if (!map_keys(k_map, p, p.k, Tiles::BN) || !map_keys(v_map, p, p.v, Tiles::BN)) return false;
+  launch<attention_hopper_kernel<T, D>>(p.K * row_slots(p, kBlockRows), kBlockThreads, sizeof(Tiles), queue,
+                                        p, k_map, v_map, unit);
+  return true;
+}
+template <class T>
+bool run_dim(const Attention& p, float unit, const Queue& queue) {
+  switch (p.D) {
+    case 64: return run<T, 64>(p, unit, queue);
+    case 128: return run<T, 128>(p, unit, queue);
+    case 256: return run<T, 256>(p, unit, queue);
+    default: return false;
+  }
+}
+
+}  // namespace
+
+bool attention_fwd_hopper(const Attention& p, const Queue& queue) {
+  const float unit = float(p.scale) * kLog2e;
+  const bool plain = !p.key_bias && !p.cache_lengths && unit > 1e-30f && unit < 1e30f;
+  if (queue.arch != 90 || !plain || p.K * row_slots(p, kBlockRows) == 0) return false;
+  if (p.dtype == Dtype::bf16) return run_dim<bf16>(p, unit, queue);
+  if (p.dtype == Dtype::f16) return run_dim<f16>(p, unit, queue);
+  return false;
+}
+#else
+bool attention_fwd_hopper(const Attention&, const Queue&) { return false; }
+#endif
+
+}  // namespace palm::cuda
