@@ -2,7 +2,7 @@
 // values by TMA into a ring of stages, two others, 64 packed rows each, multiply them by wgmma. While a
 // warpgroup weighs its scores the other's products run: they take turns to issue theirs, the scores of the
 // next tile together with the values of this one.
-#include "attention.cuh"
+#include "attention_forward.cuh"
 #include "hopper.cuh"
 
 namespace palm::cuda {
@@ -85,14 +85,14 @@ PALM_DEVICE void produce(const Attention& p, const Sequence& s, int head, const 
 
 // ---- a consumer: thread l % 32 of a warp has rows l / 4 and l / 4 + 8 of its warp's 16
 template <class T, int D>
-PALM_DEVICE void load_queries(T* tile, const Attention& p, const Sequence& s, const RowTile& r, int first) {
+PALM_DEVICE void load_group(T* tile, const Attention& p, const Sequence& s, const RowTile& r, int first) {
   constexpr int CHUNKS = D / 8;
   const int thread = threadIdx.x % kGroup, chunk = thread % CHUNKS;
 #pragma unroll
   for (int i = thread / CHUNKS; i < 64; i += kGroup / CHUNKS) {
     const int row = r.first + first + i;
     const bool wanted = row < r.rows;
-    const T* from = wanted ? at_row<const T>(p.q, s, int(p.H / p.K), r.head, row) + chunk * 8 : nullptr;
+    const T* from = wanted ? at_row<const T>(p.q, s, group(p), r.head, row) + chunk * 8 : nullptr;
     copy_async<16>(chunk_of<kBlockRows>(tile, first + i, chunk), from, wanted);
   }
   commit_copies();
@@ -119,43 +119,6 @@ PALM_DEVICE void start_values(float (&o)[D / 8][4], const uint32_t (&weights)[BN
   wgmma_commit();
 }
 
-template <int N>
-PALM_DEVICE void mask(float (&s)[N][4], const Bounds (&sees)[2], int first) {
-#pragma unroll
-  for (int i = 0; i < N; ++i)
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int n = first + i * 8 + c % 2;
-      if (n < sees[c / 2].lo || n > sees[c / 2].hi) s[i][c] = -INFINITY;
-    }
-}
-
-struct Softmax {
-  float top[2] = {-INFINITY, -INFINITY}, total[2] = {};  // totals of this thread's columns
-
-  // Scores become weights relative to the new top; kept: what the weights so far are worth now.
-  template <int N>
-  PALM_DEVICE void weigh(float (&s)[N][4], float unit, float (&kept)[2]) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float highest = top[h];
-#pragma unroll
-      for (int i = 0; i < N; ++i) highest = fmaxf(highest, fmaxf(s[i][2 * h], s[i][2 * h + 1]));
-      highest = warp_max<4>(highest);
-      const float base = highest == -INFINITY ? 0 : highest;
-      kept[h] = exp2_fast((top[h] - base) * unit);
-      top[h] = highest;
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        for (int c = 2 * h; c < 2 * h + 2; ++c) s[i][c] = exp2_fast((s[i][c] - base) * unit);
-        sum += s[i][2 * h] + s[i][2 * h + 1];
-      }
-      total[h] = total[h] * kept[h] + sum;
-    }
-  }
-};
-
 template <class T, int N>
 PALM_DEVICE void round_weights(uint32_t (&weights)[N / 2][4], const float (&s)[N][4]) {
 #pragma unroll
@@ -169,20 +132,18 @@ PALM_DEVICE void round_weights(uint32_t (&weights)[N / 2][4], const float (&s)[N
 // out and lse of a warpgroup's rows, `first` on; out goes through the queries' place, to be stored by rows.
 template <class T, int D>
 PALM_DEVICE void store_rows(T* tile, const Attention& p, const Sequence& s, const RowTile& r, int first,
-                            float (&o)[D / 8][4], const Softmax& softmax) {
-  const int lane = threadIdx.x % 32, G = int(p.H / p.K), warp_row = first + threadIdx.x % kGroup / 32 * 16;
+                            const float (&o)[D / 8][4], const RowSums& sums) {
+  const int lane = threadIdx.x % 32, G = group(p), warp_row = first + threadIdx.x % kGroup / 32 * 16;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = warp_row + lane / 4 + h * 8, global = r.first + row;
-    const float total = warp_sum<4>(softmax.total[h]), factor = total == 0 ? 0 : reciprocal_fast(total);
+    const float total = row_sum(sums.total[h]), factor = total == 0 ? 0 : reciprocal_fast(total);
 #pragma unroll
-    for (int i = 0; i < D / 8; ++i) {
-      const uint32_t pair = pack<T>(o[i][2 * h] * factor, o[i][2 * h + 1] * factor);
-      memcpy(static_cast<void*>(chunk_of<kBlockRows>(tile, row, i) + lane % 4 * 2), &pair, 4);
-    }
-    if (p.lse.data && lane % 4 == 0 && global < r.rows)
-      *at_row<float>(p.lse, s, G, r.head, global) =
-          total == 0 ? -INFINITY : softmax.top[h] * float(p.scale) + logf(total);
+    for (int i = 0; i < D / 8; ++i)
+      store_pair(chunk_of<kBlockRows>(tile, row, i) + lane % 4 * 2, o[i][2 * h] * factor,
+                 o[i][2 * h + 1] * factor);
+    if (lane % 4 == 0 && global < r.rows)
+      *at_row<float>(p.lse, s, G, r.head, global) = log_sum(sums.top[h], total, unit_of(p));
   }
   sync_warp();
   constexpr int CHUNKS = D / 8;
@@ -197,13 +158,13 @@ PALM_DEVICE void store_rows(T* tile, const Attention& p, const Sequence& s, cons
 
 template <class T, int D>
 PALM_DEVICE void consume(const Attention& p, const Sequence& s, const RowTile& r, const Range& range,
-                         float unit, int group, Ring<T, D>& ring) {
+                         int consumer, Ring<T, D>& ring) {
   constexpr int BN = Ring<T, D>::BN, STAGES = Ring<T, D>::STAGES;
-  const int lane = threadIdx.x % 32, first = group * 64;
-  load_queries<T, D>(ring.q, p, s, r, first);
-  sync_named(kOwn + group, kGroup);
+  const int lane = threadIdx.x % 32, first = consumer * 64;
+  load_group<T, D>(ring.q, p, s, r, first);
+  sync_named(kOwn + consumer, kGroup);
 
-  const int row = r.first + first + threadIdx.x % kGroup / 32 * 16 + lane / 4, G = int(p.H / p.K);
+  const int row = r.first + first + threadIdx.x % kGroup / 32 * 16 + lane / 4, G = group(p);
   const Bounds sees[2] = {visible(p, s, row / G), visible(p, s, (row + 8) / G)};
   const uint64_t q = descriptor(ring.q + first * 64, 0, 1024);
   const auto k_tile = [&](int i) { return descriptor(ring.k[i], 0, 1024); };
@@ -211,12 +172,13 @@ PALM_DEVICE void consume(const Attention& p, const Sequence& s, const RowTile& r
   const auto release = [&](uint64_t& empty) {
     if (lane == 0) mbarrier_arrive(empty);
   };
-  float scores[BN / 8][4] = {}, o[D / 8][4] = {}, kept[2];
+  float scores[BN / 8][4] = {}, o[D / 8][4] = {}, shrink[2];
   uint32_t weights[BN / 16][4];
-  Softmax softmax;
+  RowSums sums;
   const auto weigh = [&](int j) {
-    if (j < range.full0 || j >= range.full1) mask(scores, sees, j * BN + lane % 4 * 2);
-    softmax.weigh(scores, unit, kept);
+    if (j < range.full0 || j >= range.full1) mask_scores(scores, j * BN, sees);
+    raise(sums, scores, unit_of(p), shrink);
+    exponentials(scores, sums, unit_of(p));
   };
 
   if (range.begin < range.end) {
@@ -229,25 +191,22 @@ PALM_DEVICE void consume(const Attention& p, const Sequence& s, const RowTile& r
     weigh(range.begin);
     round_weights<T>(weights, scores);
     stage.next(STAGES);
-    if (group == 1 && range.begin + 1 < range.end) arrive_named(kTurn, kTurns);
+    if (consumer == 1 && range.begin + 1 < range.end) arrive_named(kTurn, kTurns);
     for (int j = range.begin + 1; j < range.end; ++j) {
       mbarrier_wait(ring.k_full[stage.index], stage.parity);
-      sync_named(kTurn + group, kTurns);
+      sync_named(kTurn + consumer, kTurns);
       wgmma_fence(scores);
       start_scores<T, D, BN>(scores, q, k_tile(stage.index));
       mbarrier_wait(ring.v_full[before.index], before.parity);
       wgmma_fence(o, weights);
       start_values<T, D, BN>(o, weights, v_tile(before.index));
-      if (group == 0 || j + 1 < range.end) arrive_named(kTurn + 1 - group, kTurns);
+      if (consumer == 0 || j + 1 < range.end) arrive_named(kTurn + 1 - consumer, kTurns);
       wgmma_wait<1>(scores);
       release(ring.k_empty[stage.index]);
       weigh(j);
       wgmma_wait<0>(o);
       release(ring.v_empty[before.index]);
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) o[i][c] *= kept[c / 2];
+      if (ballot(shrink[0] != 1 || shrink[1] != 1)) scale_rows(o, shrink);
       round_weights<T>(weights, scores);
       before = stage;
       stage.next(STAGES);
@@ -257,21 +216,21 @@ PALM_DEVICE void consume(const Attention& p, const Sequence& s, const RowTile& r
     start_values<T, D, BN>(o, weights, v_tile(before.index));
     wgmma_wait<0>(o);
   }
-  sync_named(kOwn + group, kGroup);
-  store_rows<T, D>(ring.q, p, s, r, first, o, softmax);
+  sync_named(kOwn + consumer, kGroup);
+  store_rows<T, D>(ring.q, p, s, r, first, o, sums);
 }
 
 template <class T, int D>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     attention_hopper_kernel(const __grid_constant__ Attention p, const __grid_constant__ TensorMap k_map,
-                            const __grid_constant__ TensorMap v_map, float unit) {
+                            const __grid_constant__ TensorMap v_map) {
 #if defined(PALM_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Tiles = Ring<T, D>;
   PALM_SHARED(Tiles, ring);
   const RowTile r = row_tile(p, blockIdx.x, kBlockRows);
   if (r.first >= r.rows) return;
   const Sequence s = whole_sequence(p, r.sequence);
-  const int G = int(p.H / p.K), last = min(r.first + kBlockRows, r.rows) - 1;
+  const int G = group(p), last = min(r.first + kBlockRows, r.rows) - 1;
   const Range range = key_tiles(p, s, r.first / G, last / G, Tiles::BN);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Tiles::STAGES; ++i) {
@@ -285,13 +244,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();
   // 384 threads begin with 168 registers: 128 x 24 + 256 x 240 are as many.
-  const int group = shuffle(int(threadIdx.x / kGroup), 0) - 1;  // the compiler sees that it holds for the warp
-  if (group < 0) {
+  const int consumer =
+      shuffle(int(threadIdx.x / kGroup), 0) - 1;  // one branch for a warp: the compiler sees it
+  if (consumer < 0) {
     give_registers<24>();
     if (threadIdx.x < 32) produce<T, D>(p, s, r.head, range, *ring, k_map, v_map);
   } else {
     take_registers<240>();
-    consume<T, D>(p, s, r, range, unit, group, *ring);
+    consume<T, D>(p, s, r, range, consumer, *ring);
   }
 #endif
 }
@@ -310,21 +270,21 @@ bool map_keys(TensorMap& map, const Attention& p, const Heads& x, int BN) {
 }
 
 template <class T, int D>
-bool run(const Attention& p, float unit, const Queue& queue) {
+bool run(const Attention& p, const Queue& queue) {
   using Tiles = Ring<T, D>;
   TensorMap k_map, v_map;
   if (!aligned<T>(p.q) || !aligned<T>(p.out)) return false;
   if (!map_keys(k_map, p, p.k, Tiles::BN) || !map_keys(v_map, p, p.v, Tiles::BN)) return false;
   launch<attention_hopper_kernel<T, D>>(p.K * row_slots(p, kBlockRows), kBlockThreads, sizeof(Tiles), queue,
-                                        p, k_map, v_map, unit);
+                                        p, k_map, v_map);
   return true;
 }
 template <class T>
-bool run_dim(const Attention& p, float unit, const Queue& queue) {
+bool run_dim(const Attention& p, const Queue& queue) {
   switch (p.D) {
-    case 64: return run<T, 64>(p, unit, queue);
-    case 128: return run<T, 128>(p, unit, queue);
-    case 256: return run<T, 256>(p, unit, queue);
+    case 64: return run<T, 64>(p, queue);
+    case 128: return run<T, 128>(p, queue);
+    case 256: return run<T, 256>(p, queue);
     default: return false;
   }
 }
@@ -332,11 +292,11 @@ bool run_dim(const Attention& p, float unit, const Queue& queue) {
 }  // namespace
 
 bool attention_fwd_hopper(const Attention& p, const Queue& queue) {
-  const float unit = float(p.scale) * kLog2e;
+  const float unit = float(p.scale) * kLog2e;  // of an exponent, neither 0 nor infinite
   const bool plain = !p.key_bias && !p.cache_lengths && unit > 1e-30f && unit < 1e30f;
   if (queue.arch != 90 || !plain || p.K * row_slots(p, kBlockRows) == 0) return false;
-  if (p.dtype == Dtype::bf16) return run_dim<bf16>(p, unit, queue);
-  if (p.dtype == Dtype::f16) return run_dim<f16>(p, unit, queue);
+  if (p.dtype == Dtype::bf16) return run_dim<bf16>(p, queue);
+  if (p.dtype == Dtype::f16) return run_dim<f16>(p, queue);
   return false;
 }
 #else

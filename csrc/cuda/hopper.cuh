@@ -125,12 +125,11 @@ inline bool tensor_map(TensorMap& map, Dtype dtype, void* data, const uint64_t (
     return reinterpret_cast<Encode>(found);
   }();
   const uint32_t step[4] = {1, 1, 1, 1};
-  return encode && encode(&map,
-                          dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                          4, data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode &&
+         encode(&map,
+                dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+                data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 #endif
 }
 
@@ -145,7 +144,8 @@ PALM_DEVICE void copy_box(void* to, const TensorMap& map, int x, int y, int z, i
     size_t offset = start;
     for (uint32_t i = 0; i < map.box[1] * map.box[2] * map.box[3]; ++i)
       for (uint32_t c = 0; c < map.box[0]; ++c, offset += 2) {
-        const int64_t at[4] = {first[0] + c, first[1] + i % map.box[1], first[2] + i / map.box[1] % map.box[2],
+        const int64_t at[4] = {first[0] + c, first[1] + i % map.box[1],
+                               first[2] + i / map.box[1] % map.box[2],
                                first[3] + i / map.box[1] / map.box[2]};
         const char* from = map.data;
         bool inside = true;
@@ -174,8 +174,8 @@ PALM_DEVICE void copy_box(void* to, const TensorMap& map, int x, int y, int z, i
 // has rows 16 w to 16 w + 15 of d and a, in mma's fragments (device.cuh): d[n] is d's tile n of 16 x 8.
 //
 // Operands in shared memory are given by descriptors: rows of 128 bytes as TMA writes them. Along K (a row
-// holds 64 neighbouring k of one m or n): `stride` bytes lie between groups of 8 rows. Along N (a row holds 64
-// neighbouring n of one k): `lead` bytes lie between groups of 64 n, `stride` bytes between groups of 8 k.
+// holds 64 neighbouring k of one m or n): `stride` bytes lie between groups of 8 rows. Along N (a row holds
+// 64 neighbouring n of one k): `lead` bytes lie between groups of 64 n, `stride` bytes between groups of 8 k.
 PALM_DEVICE uint64_t descriptor(const void* tile, int lead, int stride) {
 #if defined(PALM_EMULATE)
   const uint64_t address = shared_offset(tile);
@@ -228,7 +228,7 @@ inline void wgmma_of_warp(float (&d)[N / 8][4], const uint32_t* registers, uint6
       if (in.a != work.in.a || in.b != work.in.b || in.accumulate != work.in.accumulate)
         emulator::fail("wgmma: lanes disagree about an operand");
       work.a[l] = in.registers;
-      work.d[l] = static_cast<float(*)[4]>(lanes[l]->out);
+      work.d[l] = static_cast<float (*)[4]>(lanes[l]->out);
     }
     emulator::issue([work] {
       float A[16][16], B[16][N], D[16][N] = {};
@@ -259,36 +259,35 @@ inline void wgmma_of_warp(float (&d)[N / 8][4], const uint32_t* registers, uint6
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
   "%28,%29,%30,%31"
 #define PALM_REGISTERS_80 PALM_REGISTERS_64 ",%32,%33,%34,%35,%36,%37,%38,%39"
-#define PALM_REGISTERS_128                                                                                 \
-  PALM_REGISTERS_80                                                                                        \
+#define PALM_REGISTERS_128 \
+  PALM_REGISTERS_80        \
   ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define PALM_REGISTERS_256                                                                                 \
-  PALM_REGISTERS_128                                                                                       \
-  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,"  \
-  "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"    \
+#define PALM_REGISTERS_256                                                                                \
+  PALM_REGISTERS_128                                                                                      \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88," \
+  "%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"   \
   "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define PALM_TILE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define PALM_TILES_16(n) PALM_TILE(n), PALM_TILE(n + 1)
-#define PALM_TILES_64(n) \
-  PALM_TILES_16(n), PALM_TILES_16(n + 2), PALM_TILES_16(n + 4), PALM_TILES_16(n + 6)
+#define PALM_TILES_64(n) PALM_TILES_16(n), PALM_TILES_16(n + 2), PALM_TILES_16(n + 4), PALM_TILES_16(n + 6)
 #define PALM_OPERANDS_64 PALM_TILES_64(0)
 #define PALM_OPERANDS_80 PALM_TILES_64(0), PALM_TILES_16(8)
 #define PALM_OPERANDS_128 PALM_TILES_64(0), PALM_TILES_64(8)
 #define PALM_OPERANDS_256 PALM_OPERANDS_128, PALM_TILES_64(16), PALM_TILES_64(24)
 
 // ACCUMULATE is the operand's number; A, B and FLAGS are their text; the inputs follow.
-#define PALM_WGMMA_OF(COLUMNS, TYPE, A, B, ACCUMULATE, FLAGS, ...)                                         \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE                                              \
-               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                 \
-               " {" PALM_REGISTERS_##COLUMNS "}, " A ", " B ", p, " FLAGS ";\n}"                           \
-               : PALM_OPERANDS_##COLUMNS                                                                   \
+#define PALM_WGMMA_OF(COLUMNS, TYPE, A, B, ACCUMULATE, FLAGS, ...)                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE                              \
+               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE \
+               " {" PALM_REGISTERS_##COLUMNS "}, " A ", " B ", p, " FLAGS ";\n}"           \
+               : PALM_OPERANDS_##COLUMNS                                                   \
                : __VA_ARGS__)
-#define PALM_WGMMA(COLUMNS, ...)                     \
-  if constexpr (N == COLUMNS) {                      \
-    if constexpr (std::is_same_v<T, bf16>)           \
-      PALM_WGMMA_OF(COLUMNS, "bf16", __VA_ARGS__);   \
-    else                                             \
-      PALM_WGMMA_OF(COLUMNS, "f16", __VA_ARGS__);    \
+#define PALM_WGMMA(COLUMNS, ...)                   \
+  if constexpr (N == COLUMNS) {                    \
+    if constexpr (std::is_same_v<T, bf16>)         \
+      PALM_WGMMA_OF(COLUMNS, "bf16", __VA_ARGS__); \
+    else                                           \
+      PALM_WGMMA_OF(COLUMNS, "f16", __VA_ARGS__);  \
   }
 #endif
 

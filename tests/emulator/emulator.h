@@ -119,7 +119,7 @@ struct Block {
   Fiber* current = nullptr;
   std::exception_ptr error;
   std::vector<std::function<void()>> bulk;  // TMA copies in flight: they land when nobody else can run
-  std::vector<char> async;                  // shared memory as the async proxy sees it; empty until it is used
+  std::vector<char> async;  // shared memory as the async proxy sees it; empty until it is used
   Named named[16];
   std::mt19937 random;
   bool shuffled = false, late = true, late_products = true;

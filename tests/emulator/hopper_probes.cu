@@ -88,10 +88,14 @@ PROBE probe_wgmma(int n, const char* image, const uint32_t* registers, const int
     launch<decltype(kernel)::value>(1, kGroup, kImage, queue, image, registers, a, b, d);
   };
   return said([&] {
-    if (n == 64) run(std::integral_constant<decltype(&wgmma_kernel<f16, 64, true>), wgmma_kernel<f16, 64, true>>{});
-    if (n == 80) run(std::integral_constant<decltype(&wgmma_kernel<f16, 80, false>), wgmma_kernel<f16, 80, false>>{});
-    if (n == 128) run(std::integral_constant<decltype(&wgmma_kernel<f16, 128, false>), wgmma_kernel<f16, 128, false>>{});
-    if (n == 256) run(std::integral_constant<decltype(&wgmma_kernel<f16, 256, true>), wgmma_kernel<f16, 256, true>>{});
+    if (n == 64)
+      run(std::integral_constant<decltype(&wgmma_kernel<f16, 64, true>), wgmma_kernel<f16, 64, true>>{});
+    if (n == 80)
+      run(std::integral_constant<decltype(&wgmma_kernel<f16, 80, false>), wgmma_kernel<f16, 80, false>>{});
+    if (n == 128)
+      run(std::integral_constant<decltype(&wgmma_kernel<f16, 128, false>), wgmma_kernel<f16, 128, false>>{});
+    if (n == 256)
+      run(std::integral_constant<decltype(&wgmma_kernel<f16, 256, true>), wgmma_kernel<f16, 256, true>>{});
   });
 }
 PROBE probe_box(void* data, const uint64_t* size, const uint64_t* stride, const uint32_t* box, const int* at,
