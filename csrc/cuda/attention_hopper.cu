@@ -8,11 +8,9 @@
 namespace palm::cuda {
 
 #if PALM_SM90A
-namespace {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kConsumers = 2, kBlockRows = 64 * kConsumers, kBlockThreads = kGroup * (1 + kConsumers);
-constexpr int kTurns = kGroup * kConsumers;
 enum NamedBarrier { kTurn = 1, kOwn = 3 };  // one of each a consumer
 
 // Tiles are [D / 64][rows][64]: rows of 128 bytes, swizzled as TMA does.
@@ -159,7 +157,7 @@ PALM_DEVICE void store_rows(T* tile, const Attention& p, const Sequence& s, cons
 template <class T, int D>
 PALM_DEVICE void consume(const Attention& p, const Sequence& s, const RowTile& r, const Range& range,
                          int consumer, Ring<T, D>& ring) {
-  constexpr int BN = Ring<T, D>::BN, STAGES = Ring<T, D>::STAGES;
+  constexpr int BN = Ring<T, D>::BN, STAGES = Ring<T, D>::STAGES, ALL = kGroup * kConsumers;
   const int lane = threadIdx.x % 32, first = consumer * 64;
   load_group<T, D>(ring.q, p, s, r, first);
   sync_named(kOwn + consumer, kGroup);
@@ -191,16 +189,16 @@ PALM_DEVICE void consume(const Attention& p, const Sequence& s, const RowTile& r
     weigh(range.begin);
     round_weights<T>(weights, scores);
     stage.next(STAGES);
-    if (consumer == 1 && range.begin + 1 < range.end) arrive_named(kTurn, kTurns);
+    if (consumer == 1 && range.begin + 1 < range.end) arrive_named(kTurn, ALL);
     for (int j = range.begin + 1; j < range.end; ++j) {
       mbarrier_wait(ring.k_full[stage.index], stage.parity);
-      sync_named(kTurn + consumer, kTurns);
+      sync_named(kTurn + consumer, ALL);
       wgmma_fence(scores);
       start_scores<T, D, BN>(scores, q, k_tile(stage.index));
       mbarrier_wait(ring.v_full[before.index], before.parity);
       wgmma_fence(o, weights);
       start_values<T, D, BN>(o, weights, v_tile(before.index));
-      if (consumer == 0 || j + 1 < range.end) arrive_named(kTurn + 1 - consumer, kTurns);
+      if (consumer == 0 || j + 1 < range.end) arrive_named(kTurn + 1 - consumer, ALL);
       wgmma_wait<1>(scores);
       release(ring.k_empty[stage.index]);
       weigh(j);
@@ -221,10 +219,7 @@ PALM_DEVICE void consume(const Attention& p, const Sequence& s, const RowTile& r
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kBlockThreads, 1)
-    attention_hopper_kernel(const __grid_constant__ Attention p, const __grid_constant__ TensorMap k_map,
-                            const __grid_constant__ TensorMap v_map) {
-#if defined(PALM_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+PALM_DEVICE void attend(const Attention& p, const TensorMap& k_map, const TensorMap& v_map) {
   using Tiles = Ring<T, D>;
   PALM_SHARED(Tiles, ring);
   const RowTile r = row_tile(p, blockIdx.x, kBlockRows);
@@ -244,8 +239,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();
   // 384 threads begin with 168 registers: 128 x 24 + 256 x 240 are as many.
-  const int consumer =
-      shuffle(int(threadIdx.x / kGroup), 0) - 1;  // one branch for a warp: the compiler sees it
+  const int consumer = shuffle(int(threadIdx.x / kGroup), 0) - 1;  // known to be the same in a warp
   if (consumer < 0) {
     give_registers<24>();
     if (threadIdx.x < 32) produce<T, D>(p, s, r.head, range, *ring, k_map, v_map);
@@ -253,11 +247,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     take_registers<240>();
     consume<T, D>(p, s, r, range, consumer, *ring);
   }
-#endif
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    attention_hopper_kernel(const __grid_constant__ Attention p, const __grid_constant__ TensorMap k_map,
+                            const __grid_constant__ TensorMap v_map) {
+  if constexpr (kHasHopper) attend<T, D>(p, k_map, v_map);
 }
 
 // The keys or values of all sequences, in boxes of 64 columns of BN tokens of one head.
-bool map_keys(TensorMap& map, const Attention& p, const Heads& x, int BN) {
+static bool map_keys(TensorMap& map, const Attention& p, const Heads& x, int BN) {
   const uint64_t size[4] = {uint64_t(p.D), uint64_t(p.cu_k ? p.k_rows : p.S), uint64_t(p.K),
                             uint64_t(p.cu_k ? 1 : p.B)};
   const int64_t given[3] = {x.token, x.head, x.batch};
@@ -270,7 +270,7 @@ bool map_keys(TensorMap& map, const Attention& p, const Heads& x, int BN) {
 }
 
 template <class T, int D>
-bool run(const Attention& p, const Queue& queue) {
+static bool run(const Attention& p, const Queue& queue) {
   using Tiles = Ring<T, D>;
   TensorMap k_map, v_map;
   if (!aligned<T>(p.q) || !aligned<T>(p.out)) return false;
@@ -280,7 +280,7 @@ bool run(const Attention& p, const Queue& queue) {
   return true;
 }
 template <class T>
-bool run_dim(const Attention& p, const Queue& queue) {
+static bool run_dim(const Attention& p, const Queue& queue) {
   switch (p.D) {
     case 64: return run<T, 64>(p, queue);
     case 128: return run<T, 128>(p, queue);
@@ -288,8 +288,6 @@ bool run_dim(const Attention& p, const Queue& queue) {
     default: return false;
   }
 }
-
-}  // namespace
 
 bool attention_fwd_hopper(const Attention& p, const Queue& queue) {
   const float unit = float(p.scale) * kLog2e;  // of an exponent, neither 0 nor infinite

@@ -10,6 +10,13 @@
 
 namespace palm::cuda {
 
+// Whether these instructions exist where this is compiled for: on sm_90a, not on sm_90 or what follows it.
+#if defined(PALM_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasHopper = true;
+#else
+constexpr bool kHasHopper = false;
+#endif
+
 // ---- mbarrier: 8 bytes of shared memory. A phase ends with its last arrival, once all bytes that were
 // announced have landed; phases have the parities 0, 1, 0, ...
 PALM_DEVICE void mbarrier_init(uint64_t& barrier, int arrivals) {
@@ -118,10 +125,13 @@ inline bool tensor_map(TensorMap& map, Dtype dtype, void* data, const uint64_t (
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
 #else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
+    if (error != cudaSuccess) cudaGetLastError();  // not an error of the launch that follows
     return reinterpret_cast<Encode>(found);
   }();
   const uint32_t step[4] = {1, 1, 1, 1};

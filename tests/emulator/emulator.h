@@ -8,7 +8,8 @@
 // time.
 //
 // PALM_EMULATOR_SEED=0 steps all threads in turn; any other seed lets one warp run on until it must wait, in
-// random order of warps, lanes and blocks.
+// random order of warps, lanes and blocks. Products of wgmma run when they are waited for, or at once where
+// the seed is 1 more than a multiple of 4.
 #pragma once
 
 #include <cuda_bf16.h>  // NVIDIA's own host implementations of the number formats and vector types
