@@ -26,7 +26,9 @@ struct Sequence {
   const float* bias;
 };
 
-PALM_DEVICE Sequence sequence(const Attention& p, const Keys& keys, int b) {
+// All keys of a dense or packed batch. It asserts nothing: a call anywhere in a kernel makes wgmma wait for
+// each product.
+PALM_DEVICE Sequence whole_sequence(const Attention& p, int b) {
   Sequence s{b, 0, 0, int(p.T), int(p.S), 0, 0, nullptr, nullptr, nullptr};
   if (p.cu_q) {
     s.q_row = p.cu_q[b];
@@ -34,13 +36,18 @@ PALM_DEVICE Sequence sequence(const Attention& p, const Keys& keys, int b) {
     s.T = p.cu_q[b + 1] - s.q_row;
     s.S = p.cu_k[b + 1] - s.k_row;
   }
+  if (p.prefix_lengths) s.prefix = min(max(p.prefix_lengths[b], 0), s.S);
+  s.kept = s.S;
+  return s;
+}
+
+PALM_DEVICE Sequence sequence(const Attention& p, const Keys& keys, int b) {
+  Sequence s = whole_sequence(p, b);
   if (p.cache_lengths) {
     const int length = p.cache_lengths[b];
     PALM_ASSERT(length >= 0 && length <= p.S, "attention_decode: cache_lengths must be 0 to Smax");
-    s.S = min(max(length, 0), s.S);
+    s.kept = s.S = min(max(length, 0), s.S);
   }
-  if (p.prefix_lengths) s.prefix = min(max(p.prefix_lengths[b], 0), s.S);
-  s.kept = s.S;
   if (keys.rank) {
     const int64_t first = s.k_row + b * p.S;  // packed: p.S is 0
     s.position = keys.position + first;
@@ -437,6 +444,9 @@ PALM_DEVICE void score(float (&s)[M][N][4], const T* q, int row, const T* k, int
 // ---- made on the device before attention's kernels run
 Keys compact_keys(const Attention& p, const Queue& queue);
 void check_offsets(const Attention& p, const Queue& queue);
+
+// The forward pass by wgmma and TMA; false, and nothing done, where it does not serve p or the machine.
+bool attention_fwd_hopper(const Attention& p, const Queue& queue);
 
 // f(D): the bucket of head dims, zeros beyond the real one.
 template <class F>

@@ -105,6 +105,7 @@ static void forward(const Attention& p, const Keys& keys, const Queue& queue) {
 
 void attention_fwd(const Attention& p, const Queue& queue) {
   check_offsets(p, queue);
+  if (attention_fwd_hopper(p, queue)) return;
   const Keys keys = compact_keys(p, queue);
   with_dtype(p.dtype, [&](auto e) {
     with_head_dim(p.D, [&](auto d) {

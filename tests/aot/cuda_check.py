@@ -110,10 +110,10 @@ def read(cubin: pathlib.Path, arch: str) -> list[Kernel]:
 
 
 def compile_all(sources: list[pathlib.Path], folder: pathlib.Path) -> tuple[list[Kernel], list[str]]:
-    """Every kernel of every source and architecture, and ptxas's and nvcc's warnings."""
+    """Every kernel of every source and architecture, and ptxas's and nvcc's warnings (C75..: about wgmma, that it waits)."""
     nvcc, _ = build.find_nvcc() or sys.exit("cuda-check: no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
     folder.mkdir(parents=True, exist_ok=True)
-    command = f"{nvcc} {build.NVCC_FLAGS} -Xptxas -v -cubin $flags -MMD -MF $out.d $in -o $out"
+    command = f"{nvcc} {build.NVCC_FLAGS} -DPALM_SM90A=1 -Xptxas -v -cubin $flags -MMD -MF $out.d $in -o $out"
     lines = [f"rule cubin\n  command = {command} > $log 2>&1 || (cat $log; false)\n  depfile = $out.d\n  deps = gcc"]
     work = [(s, arch, folder / f"{s.stem}.{arch}.cubin") for s in sources for arch in ARCHS]
     for source, arch, cubin in work:
@@ -127,7 +127,10 @@ def compile_all(sources: list[pathlib.Path], folder: pathlib.Path) -> tuple[list
     kernels = [k for _, arch, cubin in work for k in read(cubin, arch)]
     logs = {cubin.name: cubin.with_suffix(".log").read_text() for _, _, cubin in work}
     warnings = [
-        f"{name}: {line}" for name, log in logs.items() for line in log.splitlines() if "warning" in line.lower()
+        f"{name}: {line}"
+        for name, log in logs.items()
+        for line in log.splitlines()
+        if re.search(r"(?i)warning|\(C75\d\d\)", line)
     ]
     return kernels, warnings
 

@@ -3,10 +3,13 @@
 // meeting of the block. Finds divergent barriers (deadlock), missing barriers (random schedules), missing
 // waits for asynchronous copies (even seeds: they land as late as allowed, odd: at once), reads of unwritten
 // shared memory (it holds NaN), writes behind its end, and, built with -fsanitize=address, any access outside
-// an allocation. Does not model: memory ordering between proxies, clusters, occupancy, time.
+// an allocation. wgmma reads shared memory as TMA and fence.proxy.async left it, so that a generic write
+// without any fence behind it stays unseen. Does not model: who must execute that fence, clusters, occupancy,
+// time.
 //
 // PALM_EMULATOR_SEED=0 steps all threads in turn; any other seed lets one warp run on until it must wait, in
-// random order of warps, lanes and blocks.
+// random order of warps, lanes and blocks. Products of wgmma run when they are waited for, or at once where
+// the seed is 1 more than a multiple of 4.
 #pragma once
 
 #include <cuda_bf16.h>  // NVIDIA's own host implementations of the number formats and vector types
@@ -87,15 +90,17 @@ struct Fiber {
   int named = -1;            // Wait::named: which
   const void* in = nullptr;  // this lane's side of a warp collective
   void* out = nullptr;
-  std::vector<Copy> open;                                          // cp.async not yet committed
-  std::vector<std::vector<Copy>> groups;                           // committed, not yet waited for
-  std::vector<std::function<void()>> products;                     // wgmma not yet committed
-  std::vector<std::vector<std::function<void()>>> product_groups;  // committed, not yet waited for
+  std::vector<Copy> open;                 // cp.async not yet committed
+  std::vector<std::vector<Copy>> groups;  // committed, not yet waited for
 };
 
+using Product = std::function<void()>;
 struct Warp {
   uint32_t arrived = 0, mask = 0;
   const char* op = nullptr;
+  std::vector<Product> products;                     // wgmma not yet committed
+  std::vector<std::vector<Product>> product_groups;  // committed, not yet waited for
+  bool fenced = false;                               // by wgmma.fence, since the last wait
 };
 
 struct Named {
@@ -121,9 +126,10 @@ struct Block {
   Fiber* current = nullptr;
   std::exception_ptr error;
   std::vector<std::function<void()>> bulk;  // TMA copies in flight: they land when nobody else can run
+  std::vector<char> async;  // shared memory as the async proxy sees it; empty until it is used
   Named named[16];
   std::mt19937 random;
-  bool shuffled = false, late = true;
+  bool shuffled = false, late = true, late_products = true;
 };
 
 inline Counts& counts() {
@@ -288,6 +294,72 @@ inline void wait_copies(int pending) {
   }
 }
 
+// mbarrier: a phase ends when its arrivals and its bytes are complete; these may come before they are
+// announced.
+inline volatile Mbar* mbar(uint64_t* barrier) { return reinterpret_cast<volatile Mbar*>(barrier); }
+inline void mbar_init(uint64_t* barrier, int count) {
+  volatile Mbar* m = mbar(barrier);
+  m->phase = 0;
+  m->count = m->pending = count;
+  m->bytes = 0;
+}
+inline bool mbar_update(uint64_t* barrier, int arrivals, int bytes) {  // whether a phase ends
+  volatile Mbar* m = mbar(barrier);
+  if (static_cast<int>(m->pending) < arrivals) fail("mbarrier: more arrivals than its count");
+  m->bytes = m->bytes + bytes;
+  m->pending = m->pending - arrivals;
+  if (m->pending || m->bytes) return false;
+  m->phase = m->phase ^ 1;
+  m->pending = m->count;
+  return true;
+}
+inline void mbar_arrive(uint64_t* barrier, int bytes) {
+  Block& b = block();
+  if (!mbar_update(barrier, 1, bytes) || !b.shuffled) return;
+  ++b.barriers;  // whoever waits may run before the one that ends the phase
+  yield();
+}
+inline void mbar_wait(uint64_t* barrier, unsigned parity) {
+  Fiber& f = self();
+  while (mbar(barrier)->phase == parity) {
+    f.bar = mbar(barrier);
+    f.parity = parity;
+    f.wait = Wait::mbar;
+    yield();
+  }
+}
+
+// The async proxy's view of shared memory: `offset` bytes from its start.
+inline char* async_shared(size_t offset, size_t bytes) {
+  Block& b = block();
+  if (offset + bytes > b.shared_bytes) fail("the async proxy left the block's shared memory");
+  if (b.async.empty()) b.async.assign(b.shared_bytes, '\xFF');
+  return b.async.data() + offset;
+}
+inline void fence_proxy_async() {
+  Block& b = block();
+  std::memcpy(async_shared(0, b.shared_bytes), b.shared, b.shared_bytes);
+}
+
+inline Warp& warp() { return block().warps[self().warp]; }
+inline void issue(Product product) {
+  if (!warp().fenced) fail("wgmma without wgmma.fence since the registers may have been used");
+  ++counts().wgmma;
+  block().late_products ? warp().products.push_back(std::move(product)) : product();
+}
+inline void commit_products() {
+  warp().product_groups.push_back(std::move(warp().products));
+  warp().products.clear();
+}
+inline void wait_products(size_t pending) {
+  auto& groups = warp().product_groups;
+  while (groups.size() > pending) {
+    for (const Product& product : groups.front()) product();
+    groups.erase(groups.begin());
+  }
+  warp().fenced = false;
+}
+
 // ---- scheduling
 inline bool ready(const Fiber& f) {
   return f.wait == Wait::none || (f.wait == Wait::mbar && f.bar->phase != f.parity);
@@ -353,6 +425,7 @@ inline void run_block(std::vector<int>& order) {
   std::memset(b.shared, 0xFF, b.shared_bytes);  // NaN in every float format
   b.alive = b.threads;
   b.at_barrier = 0;
+  b.async.clear();
   for (Named& n : b.named) n = Named{};
   for (int i = 0; i < b.threads; ++i) {
     Fiber& f = b.fibers[i];
@@ -363,8 +436,6 @@ inline void run_block(std::vector<int>& order) {
     f.named = -1;
     f.open.clear();
     f.groups.clear();
-    f.products.clear();
-    f.product_groups.clear();
     start(f);
   }
   for (Warp& w : b.warps) w = Warp{};
@@ -378,9 +449,14 @@ inline void run_block(std::vector<int>& order) {
     copy();
   }
   for (const Fiber& f : b.fibers)
-    if (!f.open.empty() || !f.groups.empty() || !f.products.empty() || !f.product_groups.empty())
+    if (!f.open.empty() || !f.groups.empty())
       fail("a thread ended with asynchronous work that it never waited for");
+  for (const Warp& w : b.warps)
+    if (!w.products.empty() || !w.product_groups.empty())
+      fail("a warp ended with products that it never waited for");
   if (!b.bulk.empty()) fail("a block ended with bulk copies that nobody waited for");
+  for (const Named& n : b.named)
+    if (n.arrived) fail("a block ended with arrivals at a named barrier that nobody waited for");
 #if !defined(__SANITIZE_ADDRESS__)
   for (size_t i = 0; i < kGuard; ++i)
     if (b.shared[b.shared_bytes + i] != 0x5A) fail("a block wrote behind its shared memory");
@@ -405,6 +481,7 @@ inline void prepare(dim3 grid, dim3 threads, size_t shared) {
   b.random.seed(value);
   b.shuffled = value != 0;
   b.late = value % 2 == 0;
+  b.late_products = value % 4 != 1;
 }
 
 inline void launch(dim3 grid, dim3 threads, size_t shared, const std::function<void()>& body) {

@@ -65,14 +65,21 @@ def link_line(objects: list[str], torch_lib: pathlib.Path) -> str:
     return f"build _emulated.so: link {' '.join(objects)}\n  libs = -L{torch_lib} -Wl,--no-as-needed -ltorch_cpu -lc10"
 
 
-def planted(folder: pathlib.Path, file: str, old: str, new: str, compiled: str, *, sanitize: bool) -> pathlib.Path:
-    """The library with `old`, which stands once in csrc/cuda/<file>, replaced by `new`; compiled: the .cu that shows it."""
-    whole = default(sanitize).parent
+def changed(folder: pathlib.Path, file: str, old: str, new: str) -> pathlib.Path:
+    """A copy of the sources in `folder` with `old`, which stands once in csrc/cuda/<file>, replaced by `new`."""
     text = (ROOT / "csrc/cuda" / file).read_text()
     if text.count(old) != 1:
         raise ValueError(f"{file} has {text.count(old)} times {old!r}")
-    shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+    for part in ("csrc", "tests/emulator"):
+        shutil.copytree(ROOT / part, folder / part, dirs_exist_ok=True)
     (folder / "csrc/cuda" / file).write_text(text.replace(old, new))
+    return folder
+
+
+def planted(folder: pathlib.Path, file: str, old: str, new: str, compiled: str, *, sanitize: bool) -> pathlib.Path:
+    """The library of changed sources; compiled: the .cu that shows the change."""
+    whole = default(sanitize).parent
+    changed(folder, file, old, new)
     others = [str(whole / f"{source.stem}.o") for source in sources() if source.stem != compiled]
     # first, because of inline functions that several objects hold the linker takes the first
     line = link_line([f"{compiled}.o", *others], build.torch_folders()[1])
@@ -80,17 +87,18 @@ def planted(folder: pathlib.Path, file: str, old: str, new: str, compiled: str, 
     return folder / "_emulated.so"
 
 
-def probes(on_gpu: bool) -> pathlib.Path:
-    """Build probes.cu, for test_fragments.py."""
-    folder, source = ROOT / "build" / "probes", pathlib.Path(__file__).with_name("probes.cu")
-    out = folder / ("probes_gpu.so" if on_gpu else "probes.so")
+def probes(name: str = "probes", *, on_gpu: bool, arch: str = "native", tree: pathlib.Path = ROOT) -> pathlib.Path:
+    """Build <name>.cu, the C functions that a test calls."""
+    folder, source = tree / "build" / "probes", tree / "tests" / "emulator" / f"{name}.cu"
+    out = folder / f"{name}{'_gpu' if on_gpu else ''}.so"
     if on_gpu:
         folder.mkdir(parents=True, exist_ok=True)
         nvcc, _ = build.find_nvcc()
-        options = ["-std=c++17", "-O2", "-shared", "-Xcompiler", "-fPIC", "-arch=native", str(source), "-o", str(out)]
-        subprocess.run([nvcc, *options], check=True)
+        options = ["-std=c++17", "-O2", "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}", "-DPALM_SM90A=1"]
+        subprocess.run([nvcc, *options, str(source), "-o", str(out)], check=True)
     else:
-        ninja(folder, [*rules(False), f"build probes.o: cxx {source}", "build probes.so: link probes.o"])
+        lines = [f"build {name}.o: cxx {source}", f"build {name}.so: link {name}.o"]
+        ninja(folder, [*rules(False), *lines])
     return out
 
 
