@@ -2,7 +2,7 @@
 // Arguments were checked by palm_kernels/ops; here stands only what memory safety needs. A backend's
 // bindings.cpp first defines the class palm::On, made from the first tensor of a call: its member functions
 // `int64_t op(const Struct&) const` run the launchers and give the first bad row, or -1. It names the library
-// (kLibrary), says which ops it has (has) and how many keys attention takes (kMaxKeys).
+// (kLibrary) and says how many keys attention takes (kMaxKeys).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -424,76 +424,74 @@ inline void swiglu_bwd(Tensor dout, Tensor gate, Tensor up, Tensor dgate, Tensor
   On(dout).swiglu_bwd(p);
 }
 
-// ---- registration. X(op, its launcher, schema)
+// ---- registration. X(op, schema)
 #define PALM_SCHEMAS(X)                                                                                \
-  X(attention_fwd, attention_fwd,                                                                      \
+  X(attention_fwd,                                                                                     \
     "(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? prefix_lengths, bool causal, "           \
     "float scale, int left, int right, Tensor(a!) out, Tensor(b!) lse, bool tf32=False) -> ()")        \
-  X(attention_bwd, attention_bwd,                                                                      \
+  X(attention_bwd,                                                                                     \
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "               \
     "Tensor? key_bias, Tensor? prefix_lengths, bool causal, float scale, int left, int right, "        \
     "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, bool tf32=False) -> ()")          \
-  X(attention_varlen_fwd, attention_fwd,                                                               \
+  X(attention_varlen_fwd,                                                                              \
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? key_bias, "      \
     "bool causal, float scale, int left, int right, Tensor(a!) out, Tensor(b!) lse, "                  \
     "bool tf32=False) -> int")                                                                         \
-  X(attention_varlen_bwd, attention_bwd,                                                               \
+  X(attention_varlen_bwd,                                                                              \
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "               \
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? key_bias, bool causal, float scale, int left, " \
     "int right, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias, "                      \
     "bool tf32=False) -> int")                                                                         \
-  X(attention_decode, attention_decode,                                                                \
+  X(attention_decode,                                                                                  \
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? key_bias, float scale, " \
     "int left, int right, Tensor(a!) out, Tensor(b!) lse, bool tf32=False) -> int")                    \
-  X(layer_norm_fwd, layer_norm_fwd,                                                                    \
+  X(layer_norm_fwd,                                                                                    \
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float offset, Tensor(a!) "  \
     "out, Tensor(b!)? sum, Tensor(c!)? mean, Tensor(d!)? rstd) -> ()")                                 \
-  X(layer_norm_bwd, layer_norm_bwd,                                                                    \
+  X(layer_norm_bwd,                                                                                    \
     "(Tensor dout, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dsum, float offset, "   \
     "Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()")                                    \
-  X(rms_norm_fwd, rms_norm_fwd,                                                                        \
+  X(rms_norm_fwd,                                                                                      \
     "(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, Tensor(a!) out, "           \
     "Tensor(b!)? sum, Tensor(c!)? rstd) -> ()")                                                        \
-  X(rms_norm_bwd, rms_norm_bwd,                                                                        \
+  X(rms_norm_bwd,                                                                                      \
     "(Tensor dout, Tensor x, Tensor? weight, Tensor rstd, Tensor? dsum, float offset, Tensor(a!) dx, " \
     "Tensor(b!)? dweight) -> ()")                                                                      \
-  X(rotary, rotary,                                                                                    \
+  X(rotary,                                                                                            \
     "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate, "         \
     "Tensor(a!) out) -> int")                                                                          \
-  X(cross_entropy_fwd, cross_entropy_fwd,                                                              \
+  X(cross_entropy_fwd,                                                                                 \
     "(Tensor logits, Tensor target, Tensor? weight, Tensor? token_weight, int ignore_index, "          \
     "float label_smoothing, float z_loss, float logit_scale, str reduction, Tensor(a!) loss, "         \
     "Tensor(b!) z, Tensor(c!) lse, Tensor(d!) scale) -> int")                                          \
-  X(cross_entropy_bwd, cross_entropy_bwd,                                                              \
+  X(cross_entropy_bwd,                                                                                 \
     "(Tensor logits, Tensor dloss, Tensor lse, Tensor scale, Tensor target, Tensor? weight, "          \
     "Tensor? token_weight, int ignore_index, float label_smoothing, float z_loss, float logit_scale, " \
     "Tensor(a!) dlogits) -> int")                                                                      \
-  X(linear_cross_entropy_rows, linear_cross_entropy_rows,                                              \
+  X(linear_cross_entropy_rows,                                                                         \
     "(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? token_weight, Tensor? dloss, "         \
     "int ignore_index, float label_smoothing, float z_loss, float logit_scale, bool gradient, "        \
     "Tensor(b!) loss, Tensor(c!) z, Tensor(d!) row_weight) -> int")                                    \
-  X(soft_weak_embedding_fwd, soft_weak_embedding_fwd,                                                  \
+  X(soft_weak_embedding_fwd,                                                                           \
     "(Tensor ids, Tensor weight, Tensor strength, Tensor? mask_embedding, Tensor? source_ids, "        \
     "bool variance_preserving, Tensor(a!) out) -> int")                                                \
-  X(soft_weak_embedding_bwd, soft_weak_embedding_bwd,                                                  \
+  X(soft_weak_embedding_bwd,                                                                           \
     "(Tensor dout, Tensor ids, Tensor strength, Tensor? weight, Tensor? mask_embedding, "              \
     "Tensor? source_ids, bool variance_preserving, int vocab, Tensor(a!)? dweight, Tensor(b!)? "       \
     "dmask_embedding, Tensor(c!)? dstrength) -> int")                                                  \
-  X(swiglu_fwd, swiglu_fwd, "(Tensor gate, Tensor up, Tensor(a!) out) -> ()")                          \
-  X(swiglu_bwd, swiglu_bwd, "(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()")
+  X(swiglu_fwd, "(Tensor gate, Tensor up, Tensor(a!) out) -> ()")                                      \
+  X(swiglu_bwd, "(Tensor dout, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()")
 
 template <class Library>
 void define(Library& library) {
-#define DEFINE(op, launcher, schema) \
-  if constexpr (On::has(#launcher)) library.def(#op schema);
+#define DEFINE(op, schema) library.def(#op schema);
   PALM_SCHEMAS(DEFINE)
 #undef DEFINE
 }
 
 template <class Library>
 void implement(Library& library) {
-#define IMPLEMENT(op, launcher, schema) \
-  if constexpr (On::has(#launcher)) library.impl(#op, TORCH_BOX(&op));
+#define IMPLEMENT(op, schema) library.impl(#op, TORCH_BOX(&op));
   PALM_SCHEMAS(IMPLEMENT)
 #undef IMPLEMENT
 }

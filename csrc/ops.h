@@ -174,21 +174,3 @@ struct Queue {
 #define PALM_CPU_OPS(X) \
   PALM_OPS(X)           \
   X(peak, Peak)
-
-// Those that have a CUDA launcher; goes when it equals PALM_OPS.
-#define PALM_CUDA_OPS(X)                        \
-  X(attention_fwd, Attention)                   \
-  X(attention_bwd, Attention)                   \
-  X(attention_decode, Attention)                \
-  X(layer_norm_fwd, Norm)                       \
-  X(layer_norm_bwd, Norm)                       \
-  X(rms_norm_fwd, Norm)                         \
-  X(rms_norm_bwd, Norm)                         \
-  X(rotary, Rotary)                             \
-  X(cross_entropy_fwd, CrossEntropy)            \
-  X(cross_entropy_bwd, CrossEntropy)            \
-  X(linear_cross_entropy_rows, CrossEntropy)    \
-  X(soft_weak_embedding_fwd, SoftWeakEmbedding) \
-  X(soft_weak_embedding_bwd, SoftWeakEmbedding) \
-  X(swiglu_fwd, Swiglu)                         \
-  X(swiglu_bwd, Swiglu)

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
-#include <string_view>
 
 #include "../ops.h"
 #include "parallel.h"
@@ -92,7 +91,6 @@ class On {
  public:
   static constexpr const char* kLibrary = "palm_kernels_cpu";
   static constexpr int64_t kMaxKeys = 1 << 24;  // float holds every key's position
-  static constexpr bool has(std::string_view) { return true; }
 
   explicit On(const torch::stable::Tensor&) {}
 #define RUN(name, Struct) \

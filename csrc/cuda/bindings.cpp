@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <string_view>
 #include <vector>
 
 #include "../ops.h"
@@ -26,7 +25,7 @@ namespace palm {
 namespace cuda {
 
 #define DECLARE(name, Struct) void name(const Struct&, const Queue&);
-PALM_CUDA_OPS(DECLARE)
+PALM_OPS(DECLARE)
 #undef DECLARE
 
 using torch::stable::Tensor;
@@ -81,13 +80,6 @@ class On {
  public:
   static constexpr const char* kLibrary = "palm_kernels_cuda";
   static constexpr int64_t kMaxKeys = 1 << 30;  // sums of two positions fit 32 bits
-  static constexpr bool has(std::string_view op) {
-#define SAME(name, Struct) \
-  if (op == #name) return true;
-    PALM_CUDA_OPS(SAME)
-#undef SAME
-    return false;
-  }
 
   explicit On(const torch::stable::Tensor& first)
       : first_(first), guard_(first.get_device_index()), queue_(cuda::queue_of(first.get_device_index())) {
@@ -123,7 +115,7 @@ class On {
     cuda::check_launch(#name);                                                           \
     return -1;                                                                           \
   }
-PALM_CUDA_OPS(LAUNCH)
+PALM_OPS(LAUNCH)
 #undef LAUNCH
 
 }  // namespace palm

@@ -62,7 +62,7 @@ PALM_DEVICE void put(T* p, const Packet<T, N>& packet) {
 }
 
 template <class T, int N>
-PALM_DEVICE void unpack(float (&x)[N], const Packet<T, N>& packet) {
+PALM_DEVICE void unpack(float (&x)[N], Packet<T, N> packet) {
   T elements[N];
   memcpy(static_cast<void*>(elements), &packet, sizeof(packet));
 #pragma unroll

@@ -31,7 +31,7 @@ MISTAKES = {
         "test_swiglu.py::test_strides",
         "deadlock in block",
     ),
-    "missing barrier": Mistake(
+    "missing barrier in a sum over warps": Mistake(
         "norm.cuh",
         "  __syncthreads();\n#pragma unroll\n  for (int k = 0; k < K; ++k)\n    if (k < count) x[k] = warp_sum",
         "#pragma unroll\n  for (int k = 0; k < K; ++k)\n    if (k < count) x[k] = warp_sum",
@@ -56,7 +56,7 @@ MISTAKES = {
         "test_swiglu.py::test_matches_reference",
         "not finite",
     ),
-    "missing barrier": Mistake(
+    "missing barrier in a reduction": Mistake(
         "cross_entropy.cu",
         "shared[threadIdx.x / 32 * K + k] = x[k];\n  __syncthreads();",
         "shared[threadIdx.x / 32 * K + k] = x[k];",
