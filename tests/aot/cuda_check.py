@@ -35,8 +35,8 @@ EXPECTED = (
     (r"^cross_entropy_(rows|bwd)_kernel", "", ("LDG.128", "STG.128")),
     (r"^soft_weak_embedding_(fwd|pieces|long|segments)_kernel<((bf16|f16), 8|float, 4)>", "", ("LDG.128", "STG.128")),
     (r"^soft_weak_embedding_slope_kernel<((bf16|f16), 8|float, 4)>", "", ("LDG.128",)),
-    (r"^attention_(fwd|dq|dkdv|dk|dv|decode)_kernel<(bf16|f16)", "", ("HMMA", "LDSM", "LDGSTS")),
-    (r"^attention_(fwd|dq|dkdv|dk|dv|decode)_kernel<float", "", ("HMMA", "LDGSTS")),
+    (r"^attention_(fwd|dq|dkdv|dk|dv|decode)_kernel<(\w+<)?(bf16|f16)", "", ("HMMA", "LDSM", "LDGSTS")),
+    (r"^attention_(fwd|dq|dkdv|dk|dv|decode)_kernel<(\w+<)?float", "", ("HMMA", "LDGSTS")),
     (r"^attention_hopper_kernel", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG")),
 )
 
