@@ -352,25 +352,31 @@ struct Mma<float> {
     return a;
   }
 
-  // small is what dropping the 13 bits leaves of x. Both of them for inf and NaN are those of the largest
-  // float32, as inf - inf and 0 inf are NaN; x itself is in the product of the big parts. Parts have x's
-  // sign, so no two of the products are infinities of different signs.
+  // big is x without its lowest 13 bits, which the unit drops by itself, small the rest. Adding half of what
+  // is dropped first makes it round: small, and x in one of the two mixed products, where the error of doing
+  // without small small^T then has no sign. For inf and NaN they are those of the largest float32, as inf -
+  // inf and 0 inf are NaN, x itself is in the product of the big parts. Parts have x's sign: no two products
+  // are infinities of different signs.
   struct Parts {
-    uint32_t finite[4], small[4];
+    uint32_t mixed[4], small[4];
   };
+  template <bool ROUND>
   static PALM_DEVICE Parts split(const uint32_t (&bits)[4]) {
-    constexpr float kLargest = 3.4028234663852886e38f;
+    constexpr float kLargest = 3.4011621342146535e38f;  // that rounds to a finite one
+    constexpr uint32_t kHalf = 0x1000;
     Parts p;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float x, big;
       memcpy(&x, &bits[i], 4);
       x = fminf(fmaxf(x, -kLargest), kLargest);
-      memcpy(&p.finite[i], &x, 4);
-      const uint32_t kept = p.finite[i] & 0xffffe000u;
+      memcpy(&p.mixed[i], &x, 4);
+      const uint32_t kept = p.mixed[i] & 0xffffe000u;
       memcpy(&big, &kept, 4);
       x -= big;
       memcpy(&p.small[i], &x, 4);
+      p.small[i] += kHalf;
+      if (ROUND) p.mixed[i] += kHalf;
     }
     return p;
   }
@@ -396,9 +402,9 @@ struct Mma<float> {
       round(rb, b.r);
       product(d0, d1, ra, rb);
     } else {
-      const Parts pa = split(a.r), pb = split(b.r);
-      product(d0, d1, pa.small, pb.finite);
-      product(d0, d1, pa.finite, pb.small);
+      const Parts pa = split<true>(a.r), pb = split<false>(b.r);
+      product(d0, d1, pa.small, pb.mixed);
+      product(d0, d1, pa.mixed, pb.small);
       product(d0, d1, a.r, b.r);
     }
   }

@@ -126,14 +126,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     }
     commit_copies();
   };
-  const int warp = threadIdx.x / 32, row = warp % X::ROW_WARPS * 16, key_warp = warp / X::ROW_WARPS;
+  const int warp = shuffle(int(threadIdx.x / 32), 0), row = warp % X::ROW_WARPS * 16,
+            key_warp = warp / X::ROW_WARPS;
   const int key = key_warp * X::KEYS, items = 2 * (w.tiles.end - w.tiles.begin);
-  const bool works = key_warp < X::KEY_WARPS && w.rows.first + row < w.rows.rows;
-  float o[1][D / 8][4] = {}, s[1][N][4] = {};
-  RowSums sums[1];
+  const bool works = X::KEY_WARPS * X::ROW_WARPS == 4 || key_warp < X::KEY_WARPS;
   load_queries<D, BM, kDecodeThreads>(q, p, w, aligned);
 #pragma unroll 1
   for (int item = 0; item < X::SLOTS - 1; ++item) load(item);
+  float o[1][D / 8][4] = {}, s[1][N][4] = {};
+  RowSums sums[1];
   for (int item = 0; item < items; ++item) {
     wait_copies<X::SLOTS - 2>();
     __syncthreads();  // this item is there, all have done with the last one
@@ -153,11 +154,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 
   float* const all_out = reinterpret_cast<float*>(slots);
   Sum* const all_sums = reinterpret_cast<Sum*>(q);
-  if (key_warp < X::KEY_WARPS) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  if (works) {
+    const int thread = thread_again(), g = thread % 32 / 4, t = thread % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int r = key_warp * BM + row + h * 8 + g;
+      const int r = thread / 32 * 16 + h * 8 + g;  // key_warp BM + row + ...
       const float total = row_sum(sums[0].total[h]);
       if (t == 0) all_sums[r] = {sums[0].top[h], total};
 #pragma unroll
@@ -220,9 +221,10 @@ template <class X>
 static void decode(const Attention& p, const Queue& queue) {
   using T = typename X::T;
   const int64_t tiles = row_slots(p, X::BM) * p.K, rows = p.B * p.T * p.H;
-  const int64_t most = min(int64_t(kMaxParts), (p.S + X::BN - 1) / X::BN);  // two blocks a multiprocessor
-  Parts parts{int(max(int64_t(1), min(most, 2 * queue.multiprocessors / tiles))), int(p.D + 3) / 4 * 4, rows,
-              nullptr, nullptr};
+  // Two blocks a multiprocessor, none without a tile of keys.
+  const int64_t wanted = min(2 * queue.multiprocessors / tiles, (p.S + X::BN - 1) / X::BN);
+  Parts parts{int(max(int64_t(1), min(wanted, int64_t(kMaxParts)))), int(p.D + 3) / 4 * 4, rows, nullptr,
+              nullptr};
   if (parts.count > 1) {
     parts.out = scratch<float>(queue, parts.count * rows * parts.width);
     parts.sums = scratch<Sum>(queue, parts.count * rows);
@@ -241,10 +243,10 @@ void attention_decode(const Attention& p, const Queue& queue) {
   with_dtype(p.dtype, [&](auto e) {
     with_head_dim(p.D, [&](auto d) {
       using T = decltype(e);
-      if (p.T * (p.H / p.K) <= 16)
-        decode<DecodeTile<T, d, 1>>(p, queue);
-      else
-        decode<DecodeTile<T, d, 4>>(p, queue);
+      // The sums of four row tiles of 256 float32 columns would not fit: there 16 rows are a tile always.
+      if constexpr (sizeof(T) * d < 1024)
+        if (p.T * (p.H / p.K) > 16) return decode<DecodeTile<T, d, 4>>(p, queue);
+      decode<DecodeTile<T, d, 1>>(p, queue);
     });
   });
 }
