@@ -46,7 +46,7 @@ triton-check: setup $(TRITON:%=build/triton-%/ready)
 	PYTHONPATH=. TRITON=$(TRITON) $(or $(TRITON:%=build/triton-%/bin/python),$(PY)) tests/aot/check.py $(ARGS)
 	$(if $(TRITON),build/triton-$(TRITON)/bin/python -m pytest -n 2 tests/interpreter)
 cuda-check: setup
-	$(PY) tests/aot/cuda_check.py $(ARGS)
+	PYTHONPATH=. $(PY) tests/aot/cuda_check.py $(ARGS)
 build/triton-%/ready: | .venv/ready
 	$(PY) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q "triton==$*" "numpy<2.4"

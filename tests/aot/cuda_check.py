@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -12,10 +11,10 @@ import sys
 
 from compiler import ROOT, SHARED_PER_SM, SYSTEM_SHARED, TOOLS
 
-sys.path.insert(0, str(ROOT))
-import setup as build
+import setup as build  # the flags of the real build
+from benchmarks.tables import markdown_table, write
 
-RESULTS = ROOT / "benchmarks/results/cuda-resources"
+RESULTS = ROOT / "benchmarks/results/cuda-resources/README.md"
 ARCHS = {"sm_80": "arch=compute_80,code=sm_80", "sm_90a": "arch=compute_90a,code=sm_90a"}
 OPCODES = {
     "HMMA": r"\bHMMA\b",
@@ -114,7 +113,9 @@ def compile_all(sources: list[pathlib.Path], folder: pathlib.Path) -> tuple[list
     nvcc, _ = build.find_nvcc() or sys.exit("cuda-check: no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
     folder.mkdir(parents=True, exist_ok=True)
     command = f"{nvcc} {build.NVCC_FLAGS} -DPALM_SM90A=1 -Xptxas -v -cubin $flags -MMD -MF $out.d $in -o $out"
-    lines = [f"rule cubin\n  command = {command} > $log 2>&1 || (cat $log; false)\n  depfile = $out.d\n  deps = gcc"]
+    lines = [
+        f"rule cubin\n  command = {command} > $log 2>&1 || (cat $log; false)\n  depfile = $out.d\n  deps = gcc\n  description = $out"
+    ]
     work = [(s, arch, folder / f"{s.stem}.{arch}.cubin") for s in sources for arch in ARCHS]
     for source, arch, cubin in work:
         lines.append(
@@ -136,10 +137,21 @@ def compile_all(sources: list[pathlib.Path], folder: pathlib.Path) -> tuple[list
 
 
 def table(kernels: list[Kernel]) -> str:
-    columns = ["kernel", "arch", "registers", *(op for op in OPCODES if op != "local")]
-    rows = [[k.name, k.arch, k.registers, *(n or "" for op, n in k.counts.items() if op != "local")] for k in kernels]
-    cells = [columns, ["---"] * len(columns), *[[str(cell) for cell in row] for row in rows]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    ops = [op for op in OPCODES if op != "local"]
+    rows = [[k.name, k.arch, str(k.registers), *(str(k.counts[op] or "") for op in ops)] for k in kernels]
+    return markdown_table([["kernel", "arch", "registers", *ops], *rows])
+
+
+def report(kernels: list[Kernel], failures: list[str], command: str) -> str:
+    nvcc, _ = build.find_nvcc()
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    version = re.findall(r"release \S+ (V\S+)", said)[0]
+    broken = "\n".join(f"- {failure}" for failure in failures) or "No stack, no spills, no local memory, no warning."
+    return (
+        f"# What the CUDA kernels take, from their machine code\n\n`{command}`: {len(kernels)} kernels, nvcc {version}. Registers a "
+        f"thread; the other columns are instructions in the code. tests/aot/README.md says what is asked of them.\n\n{broken}\n\n"
+        f"{table(kernels)}\n"
+    )
 
 
 def main() -> int:
@@ -150,23 +162,10 @@ def main() -> int:
     kernels, failures = compile_all(sources, ROOT / "build/cuda-check")
     kernels.sort(key=lambda k: (k.name, k.arch))
     failures += [broken for k in kernels for broken in k.broken_budgets()]
-    nvcc, _ = build.find_nvcc()
-    version = re.findall(
-        r"release \S+ (V\S+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )[0]
     if options.only:
         print(table(kernels))
     else:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        text = (
-            f"# What the CUDA kernels take, from their machine code\n\n`make cuda-check`: {len(kernels)} kernels, nvcc {version}, "
-            f"no stack, no spills unless said below. Registers a thread; the others are instructions in the code.\n\n{table(kernels)}\n"
-        )
-        (RESULTS / "README.md").write_text(text)
-        entries = ",\n".join(json.dumps(dataclasses.asdict(k)) for k in kernels)
-        (RESULTS / "resources.json").write_text(
-            f'{{"command": "make cuda-check", "nvcc": "{version}", "kernels": [\n{entries}\n]}}\n'
-        )
+        write(RESULTS, report(kernels, failures, "make cuda-check"))
     print(f"{len(kernels)} kernels, {len(failures)} budgets broken", *failures, sep="\n  ")
     return 1 if failures else 0
 
