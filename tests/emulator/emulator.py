@@ -87,14 +87,16 @@ def planted(folder: pathlib.Path, file: str, old: str, new: str, compiled: str, 
     return folder / "_emulated.so"
 
 
-def probes(name: str = "probes", *, on_gpu: bool, arch: str = "native", tree: pathlib.Path = ROOT) -> pathlib.Path:
+def probes(
+    name: str = "probes", *, on_gpu: bool, arch: str = "-arch=native", tree: pathlib.Path = ROOT
+) -> pathlib.Path:
     """Build <name>.cu, the C functions that a test calls."""
     folder, source = tree / "build" / "probes", tree / "tests" / "emulator" / f"{name}.cu"
     out = folder / f"{name}{'_gpu' if on_gpu else ''}.so"
     if on_gpu:
         folder.mkdir(parents=True, exist_ok=True)
         nvcc, _ = build.find_nvcc()
-        options = ["-std=c++17", "-O2", "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}", "-DPALM_SM90A=1"]
+        options = ["-std=c++17", "-O2", "-shared", "-Xcompiler", "-fPIC", arch, "-DPALM_SM90A=1"]
         subprocess.run([nvcc, *options, str(source), "-o", str(out)], check=True)
     else:
         lines = [f"build {name}.o: cxx {source}", f"build {name}.so: link {name}.o"]

@@ -2,10 +2,7 @@
 // and on a GPU of compute capability 9.0. A function returns null, or what went wrong.
 #include "../../csrc/cuda/attention_hopper.cu"
 
-#if !defined(PALM_EMULATE)
-#include <vector>
-#endif
-#include <exception>
+#include <stdexcept>
 #include <string>
 
 namespace palm::cuda {

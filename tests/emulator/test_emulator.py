@@ -1,7 +1,7 @@
 """The tests marked `kernel` again, on the CUDA kernels in the emulator: a process a file and schedule.
 
 Seed 0 steps all threads in turn; others let one warp run on until it must wait. Asynchronous copies land as late as they may (even
-seeds) or at once (odd ones). Under AddressSanitizer every access outside an allocation ends the process.
+seeds) or at once (odd ones, whose chip is a Hopper). Under AddressSanitizer every access outside an allocation ends the process.
 """
 
 import argparse
@@ -25,6 +25,7 @@ OPTIONS = ("-m", "kernel", "-p", "no:cacheprovider", "-p", "no:xdist")
 def run(library, *command, seed=0, **extra):
     env = {**os.environ, "PALM_KERNELS_CUDA_LIBRARY": str(library), "PALM_KERNELS_BACKEND": "cuda", **extra}
     env["PALM_EMULATOR_SEED"] = str(seed)
+    env.setdefault("PALM_EMULATED_ARCH", "90" if seed % 2 else "80")
     for name, value in (("HYPOTHESIS_PROFILE", "interpreter"), ("OMP_NUM_THREADS", "1"), ("OPENBLAS_NUM_THREADS", "1")):
         env.setdefault(name, value)
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)

@@ -36,7 +36,9 @@ def load(path):
 
 @pytest.fixture(scope="module")
 def probes():
-    return load(emulator.probes("hopper_probes", on_gpu=DEVICE.type == "cuda", arch="sm_90a"))
+    return load(
+        emulator.probes("hopper_probes", on_gpu=DEVICE.type == "cuda", arch="-gencode=arch=compute_90a,code=sm_90a")
+    )
 
 
 def call(function, *args):
