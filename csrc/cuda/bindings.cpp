@@ -66,7 +66,8 @@ static Queue properties(int32_t device) {
 static Queue queue_of(int32_t device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "palm_kernels_cuda: this torch is built without CUDA");
   Queue queue = properties(device);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &queue.stream));
+  const auto error = aoti_torch_get_current_cuda_stream(device, &queue.stream);  // 0, or torch has said why
+  STD_TORCH_CHECK(error == 0, "palm_kernels_cuda: no current stream of device ", device);
   return queue;
 }
 
