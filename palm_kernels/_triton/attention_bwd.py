@@ -294,18 +294,15 @@ def _dkdv(
     stats come from the first pass, whose tiles had BQ rows. dbias [B,K,S] by strides (batch, head).
     """
     # fmt: on
+    shared = (
+        dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
+        B, T, S, G, K, slots, scale, left, right)
     if BM_DK == 0:
-        _keys(
-            dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
-            B, T, S, G, K, slots, scale, left, right, True, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
+        _keys(*shared, True, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
     elif tl.program_id(1) == 0:
-        _keys(
-            dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
-            B, T, S, G, K, slots, scale, left, right, True, False, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM_DK, BN, BQ, PREC)
+        _keys(*shared, True, False, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM_DK, BN, BQ, PREC)
     else:
-        _keys(
-            dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
-            B, T, S, G, K, slots, scale, left, right, False, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
+        _keys(*shared, False, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
 
 
 def _head_sums(dbias: Tensor | None, K: int) -> Tensor | None:
