@@ -170,6 +170,7 @@ def test_nothing_visible():
     check_op("attention", *qkv(2, 3, 0, 2, 1, 8), return_lse=True)
 
 
+@pytest.mark.kernel
 def test_one_visible_key_has_no_score_gradient():
     """With all the weight on one key dP - delta cancels exactly: dq, dk and the bias gradient are 0, not rounding."""
     _, grads = run(pk.attention, qkv(2, 3, 1, 4, 1, 37), {"key_bias": randn(2, 1)})

@@ -51,7 +51,7 @@ def options(norm, cols, dtype, **kwargs):
 
 
 def assert_same(ours, theirs, dtype):
-    """Bit for bit on the CPU. In Triton sums run in an order that alignment decides: there within the error budget."""
+    """Bit for bit with the CPU kernels. A GPU's sum in an order that alignment decides: there within the error budget."""
     if ON_CPU_KERNELS:
         assert torch.equal(ours, theirs)
     else:

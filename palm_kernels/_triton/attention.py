@@ -18,8 +18,6 @@ from .attention_tiles import (
     common_options,
     first_row,
     geometry,
-    key_tiles,
-    listed,
     load_rows,
     lse_offsets,
     lse_strides,
@@ -31,7 +29,7 @@ from .attention_tiles import (
     store_attended,
     strides4,
     tile_config,
-    visible,
+    tile_of_rows,
 )
 
 __all__ = ["attention_bwd", "attention_decode", "attention_fwd", "attention_varlen_bwd", "attention_varlen_fwd"]
@@ -49,21 +47,13 @@ def _fwd(
     # fmt: on
     b, kh, tile, _ = query_tile(tl.program_id(0), cu_q, B, T, G, K, BM)
     q_row, k_row, T, S, prefix = sequence(b, T, S, cu_q, cu_k, prefix_lengths)
-    rows = T * G
-    if tile * BM < rows:
-        r = tile * BM + tl.arange(0, BM)
-        here = r < rows
-        lo, hi = visible(r // G, T, S, prefix, left, right, CAUSAL, LEFT, RIGHT)
-        t1 = (tl.minimum(tile * BM + BM, rows) - 1) // G
-        begin, full0, full1, end = key_tiles(tile * BM // G, t1, T, S, prefix, left, right, CAUSAL, LEFT, RIGHT, BN)
+    if tile * BM < T * G:
+        r, here, lo, hi, begin, end, full0, full1, first = tile_of_rows(
+            tile, b, k_row, T, S, G, prefix, left, right, ranks, cu_k, CAUSAL, LEFT, RIGHT, BM, BN)
         k_base, v_base = first_row(k, b, k_row, kh, sk), first_row(v, b, k_row, kh, sv)
         bias_base, list_base = bias, tiles
         if bias is not None:
-            bias_base = bias_row(bias, b, k_row, sb)
-            first = listed(b, k_row, S, cu_k, BN)
-            list_base = tiles + first
-            begin, full0 = tl.load(ranks + first + begin), tl.load(ranks + first + full0)
-            full1, end = tl.load(ranks + first + full1), tl.load(ranks + first + end)
+            bias_base, list_base = bias_row(bias, b, k_row, sb), tiles + first
         q_rows = q, row_offsets(r, G, kh * G, q_row, b, sq), here
         qt = load_rows(*q_rows, True, D, BD)
         top = tl.full([BM], -float("inf"), tl.float32)
@@ -80,7 +70,7 @@ def _fwd(
         r = again(tile) * BM + tl.arange(0, BM)
         store_attended(
             out, lse, acc, total, top, row_offsets(r, G, kh * G, q_row, b, so), lse_offsets(r, G, kh * G, q_row, b, sl),
-            r < rows, D, BD)
+            r < T * G, D, BD)
 
 
 def _forward(q, k, v, cu_q, cu_k, key_bias, prefix_lengths, causal, scale, left, right, out, lse):

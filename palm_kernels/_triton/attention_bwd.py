@@ -23,9 +23,8 @@ from .attention_tiles import (
     first_row,
     first_tile,
     geometry,
-    key_tiles,
+    keys_of_tile,
     last_tile,
-    listed,
     load_rows,
     locate,
     lse_offsets,
@@ -35,12 +34,14 @@ from .attention_tiles import (
     product,
     query_tile,
     row_offsets,
+    rows_of_tile,
     seen_at,
     sequence,
     steps,
     store_rows,
     strides4,
     tile_config,
+    tile_of_rows,
     visible,
 )
 
@@ -66,19 +67,14 @@ def _dq_tiles(
         i = around(j, full0, full1, MASKED)
         if tiles is not None:
             i = tl.load(tiles + i)
-        n = i * BN + tl.arange(0, BN)
-        here = n < S
-        b = None
+        n, here, b = keys_of_tile(i, bias, sb, S, BN)
+        k_rows, v_rows = rows_of_tile(k, i, sk, here, WIDE, BN), rows_of_tile(v, i, sv, here, WIDE, BN)
+        row_bias = None
         if bias is not None:
-            b = tl.load(bias + n.to(tl.int64) * sb, mask=here, other=-float("inf"))
-            here = b != -float("inf")
-            b = b[None, :]
-        first, on = tl.full((), i * BN, tl.int64), tl.arange(0, BN)
-        k_rows = k + first * sk, steps(on, sk, WIDE), here
-        v_rows = v + first * sv, steps(on, sv, WIDE), here
+            row_bias = b[None, :]
         kn = load_rows(*k_rows, MASKED or bias is not None, D, BD)
         vn = load_rows(*v_rows, MASKED or bias is not None, D, BD)
-        p = _probability(product(q, q_rows, kn, k_rows, D, BD, DC, PREC), lse[:, None], b, scale)
+        p = _probability(product(q, q_rows, kn, k_rows, D, BD, DC, PREC), lse[:, None], row_bias, scale)
         keep = here[None, :]
         if MASKED:
             keep = keep & (n[None, :] >= lo[:, None]) & (n[None, :] <= hi[:, None])
@@ -105,21 +101,13 @@ def _dq(
     b, kh, tile, slot = query_tile(tl.program_id(0), cu_q, B, T, G, K, BM)
     slots = tl.num_programs(0)
     q_row, k_row, T, S, prefix = sequence(b, T, S, cu_q, cu_k, prefix_lengths)
-    rows = T * G
-    if tile * BM < rows:
-        r = tile * BM + tl.arange(0, BM)
-        here = r < rows
-        lo, hi = visible(r // G, T, S, prefix, left, right, CAUSAL, LEFT, RIGHT)
-        t1 = (tl.minimum(tile * BM + BM, rows) - 1) // G
-        begin, full0, full1, end = key_tiles(tile * BM // G, t1, T, S, prefix, left, right, CAUSAL, LEFT, RIGHT, BN)
+    if tile * BM < T * G:
+        r, here, lo, hi, begin, end, full0, full1, first = tile_of_rows(
+            tile, b, k_row, T, S, G, prefix, left, right, ranks, cu_k, CAUSAL, LEFT, RIGHT, BM, BN)
         k_base, v_base = first_row(k, b, k_row, kh, sk), first_row(v, b, k_row, kh, sv)
         bias_base, list_base = bias, tiles
         if bias is not None:
-            bias_base = bias_row(bias, b, k_row, sb)
-            first = listed(b, k_row, S, cu_k, BN)
-            list_base = tiles + first
-            begin, full0 = tl.load(ranks + first + begin), tl.load(ranks + first + full0)
-            full1, end = tl.load(ranks + first + full1), tl.load(ranks + first + end)
+            bias_base, list_base = bias_row(bias, b, k_row, sb), tiles + first
         do_rows = dout, row_offsets(r, G, kh * G, q_row, b, sd), here
         do = load_rows(*do_rows, True, D, BD)
         ot = load_rows(out, row_offsets(r, G, kh * G, q_row, b, so), here, True, D, BD)
@@ -152,7 +140,7 @@ def _dq(
             sk[1], sv[1], sb[1], lo, hi, S, scale, True, WIDE, D, BD, DC, BN, PREC)
         acc = tl.where((row_lse == float("inf"))[:, None], 0.0, acc * scale)
         r = again(tile) * BM + tl.arange(0, BM)
-        store_rows(dq, row_offsets(r, G, kh * G, q_row, b, sdq), acc, r < rows, D, BD)
+        store_rows(dq, row_offsets(r, G, kh * G, q_row, b, sdq), acc, r < T * G, D, BD)
 
 
 @triton.jit
@@ -262,12 +250,12 @@ def _keys(
             bn = bn[:, None]
         n64 = n.to(tl.int64)
         k_rows = first_row(k, b, k_row, kh, sk), n64 * sk[1], here
-        kn = load_rows(*k_rows, True, D, BD)
-        DBIAS: tl.constexpr = DK and dbias is not None
         v_rows = first_row(v, b, k_row, kh, sv), n64 * sv[1], here
+        kn = load_rows(*k_rows, True, D, BD)
         vn = load_rows(*v_rows, True, D, BD)
         q_base, d_base = first_row(q, b, q_row, kh * G, sq), first_row(dout, b, q_row, kh * G, sd)
         stats_base, plane = stats + stats_row, tl.full((), slots, tl.int64) * BQ
+        DBIAS: tl.constexpr = DK and dbias is not None
         dk_sum = tl.zeros([BN, BD], tl.float32)
         dv_sum = tl.zeros([BN, BD], tl.float32)
         db_sum = tl.zeros([BN], tl.float32)
@@ -306,18 +294,15 @@ def _dkdv(
     stats come from the first pass, whose tiles had BQ rows. dbias [B,K,S] by strides (batch, head).
     """
     # fmt: on
+    shared = (
+        dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
+        B, T, S, G, K, slots, scale, left, right)
     if BM_DK == 0:
-        _keys(
-            dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
-            B, T, S, G, K, slots, scale, left, right, True, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
+        _keys(*shared, True, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
     elif tl.program_id(1) == 0:
-        _keys(
-            dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
-            B, T, S, G, K, slots, scale, left, right, True, False, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM_DK, BN, BQ, PREC)
+        _keys(*shared, True, False, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM_DK, BN, BQ, PREC)
     else:
-        _keys(
-            dout, q, k, v, dk, dv, dbias, stats, bias, prefix_lengths, cu_q, cu_k, sd, sq, sk, sv, sdk, sdv, sb, sdb,
-            B, T, S, G, K, slots, scale, left, right, False, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
+        _keys(*shared, False, True, CAUSAL, LEFT, RIGHT, EXACT, WIDE, D, BD, DC, BM, BN, BQ, PREC)
 
 
 def _head_sums(dbias: Tensor | None, K: int) -> Tensor | None:

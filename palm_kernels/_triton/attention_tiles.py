@@ -20,8 +20,8 @@ from .common import arch, dot_precision, next_power_of_2
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # (kernel, 16-bit?, padded head dim): BM query rows, BN keys, num_warps, num_stages; for "dkdv" a fifth number means two passes, dk's by
-# so many query rows. "+bias" stands where a key_bias would otherwise make the kernel spill. The largest tiles that do not spill with
-# any mask; the registers and shared memory that they take stand in benchmarks/results/triton-resources.
+# so many query rows. "+bias" stands where a key_bias would otherwise make the kernel spill. Of the tiles that were tried, the largest that
+# do not spill under any mask (triton 3.9); what they take stands in benchmarks/results/triton-resources. No GPU has timed them yet.
 HOPPER = {
     ("fwd", True, 256): (128, 64, 8, 2),
     ("fwd+bias", True, 256): (128, 32, 8, 2),
@@ -33,7 +33,7 @@ HOPPER = {
     ("dq", True, 128): (128, 64, 8, 2),
     ("dq", True, 64): (128, 64, 8, 2),
     ("dq", True, 32): (64, 64, 4, 2),
-    # 64 keys a program leave room for both sums at D = 256, but both warpgroups would then share one wgmma tile of rows
+    # at D = 256 dk and dv of 64 keys together spill (272 bytes): dk and dv of 128 keys apart, 8 products instead of 7
     ("dkdv", True, 256): (64, 128, 8, 2, 32),
     ("dkdv", True, 128): (32, 128, 8, 2),
     ("dkdv", True, 64): (64, 128, 8, 2),
@@ -178,6 +178,49 @@ def key_tiles(
     full0 = tl.minimum(tl.maximum(tl.cdiv(lo1, BN), begin), end)
     full1 = tl.minimum(tl.maximum(tl.maximum(hi0 + 1, 0) // BN, full0), end)
     return begin, full0, full1, end
+
+
+# fmt: off
+@triton.jit
+def tile_of_rows(
+    tile, b, k_row, T, S, G, prefix, left, right, ranks, cu_k,
+    CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):
+    """Packed rows r of a tile, which exist, their bounds lo, hi, and the run of key tiles that they meet (begin, end, full0, full1).
+
+    With a bias (ranks) the run is one of the sequence's entries in `tiles`, which begin at the last number returned.
+    """
+    # fmt: on
+    rows = T * G
+    r = tile * BM + tl.arange(0, BM)
+    here = r < rows
+    lo, hi = visible(r // G, T, S, prefix, left, right, CAUSAL, LEFT, RIGHT)
+    t1 = (tl.minimum(tile * BM + BM, rows) - 1) // G
+    begin, full0, full1, end = key_tiles(tile * BM // G, t1, T, S, prefix, left, right, CAUSAL, LEFT, RIGHT, BN)
+    first = 0
+    if ranks is not None:
+        first = listed(b, k_row, S, cu_k, BN)
+        begin, full0 = tl.load(ranks + first + begin), tl.load(ranks + first + full0)
+        full1, end = tl.load(ranks + first + full1), tl.load(ranks + first + end)
+    return r, here, lo, hi, begin, end, full0, full1, first
+
+
+@triton.jit
+def keys_of_tile(i, bias, stride, S, BN: tl.constexpr):
+    """Keys n of tile i, which of them are there (not beyond S, not removed), their bias (0 without)."""
+    n = i * BN + tl.arange(0, BN)
+    here = n < S
+    b = 0.0
+    if bias is not None:
+        b = tl.load(bias + n.to(tl.int64) * stride, mask=here, other=-float("inf"))
+        here = b != -float("inf")
+    return n, here, b
+
+
+@triton.jit
+def rows_of_tile(base, i, stride, here, WIDE: tl.constexpr, BN: tl.constexpr):
+    """The rows of k or v that belong to the keys of tile i (base, offsets, which exist)."""
+    return base + tl.full((), i * BN, tl.int64) * stride, steps(tl.arange(0, BN), stride, WIDE), here
 
 
 @triton.jit
@@ -382,13 +425,8 @@ def attend(
         i = around(j, full0, full1, MASKED)
         if tiles is not None:
             i = tl.load(tiles + i)
-        n = i * BN + tl.arange(0, BN)
-        here = n < S
-        if bias is not None:
-            b = tl.load(bias + n.to(tl.int64) * sb, mask=here, other=-float("inf"))
-            here = b != -float("inf")
-        first = tl.full((), i * BN, tl.int64)
-        k_rows = k + first * sk, steps(tl.arange(0, BN), sk, WIDE), here
+        n, here, b = keys_of_tile(i, bias, sb, S, BN)
+        k_rows = rows_of_tile(k, i, sk, here, WIDE, BN)
         kn = load_rows(*k_rows, MASKED or bias is not None, D, BD)
         s = product(q, q_rows, kn, k_rows, D, BD, DC, PREC)
         if not FOLD:
@@ -407,7 +445,7 @@ def attend(
         p = tl.exp2((s - base[:, None]) * unit)  # not s unit - base unit in one fma: its rounding of base blows up beyond 1e8
         shrink = tl.exp2((top - base) * unit)
         total = total * shrink + tl.sum(p, 1)
-        vn = load_rows(v + first * sv, steps(tl.arange(0, BN), sv, WIDE), here, MASKED or bias is not None, D, BD)
+        vn = load_rows(*rows_of_tile(v, i, sv, here, WIDE, BN), MASKED or bias is not None, D, BD)
         acc = tl.dot(p.to(vn.dtype), vn, acc * shrink[:, None], input_precision=PREC)
         top = higher
     return top, total, acc

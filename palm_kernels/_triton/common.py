@@ -70,7 +70,7 @@ def over_rows(launch, *tensors: Tensor) -> None:
     if 0 in sizes:
         return
     if len(sizes) > MAX_LEADING:
-        for index in range(max(1, tensors[0].shape[0])):
+        for index in range(tensors[0].shape[0]):
             over_rows(launch, *(t[index] for t in tensors))
         return
     launch(math.prod(sizes), sizes, strides, *tensors)

@@ -2,13 +2,17 @@
 
 import dataclasses
 import os
+import pathlib
+import sys
 
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreting process cannot compile", allow_module_level=True)
 
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 import broken
+import check
 from compiler import ARCHS, compile_launches, count_launches
 from launches import CASES, QUICK, STEM_OF
 
@@ -42,6 +46,23 @@ def test_reader_sees_narrow_accesses(arch):
     (kernel,) = compile_launches(arch, broken.narrow)
     said = "\n".join(kernel.broken_budgets())
     assert "0 16-byte loads, 4 expected" in said and "0 16-byte stores, 4 expected" in said
+
+
+def test_table_groups_what_flags_alone_divide():
+    (kernel, *_) = compile_launches(80, CASES["swiglu_fwd bf16 block"].call)
+    told = "CAUSAL={} D=64 BM=32 PREC={} q:bf16 lse:fp32 v:bf16{}"
+    group = [
+        dataclasses.replace(kernel, name="a.f", configuration=told.format(True, "tf32", ""), registers=90, spills=1),
+        dataclasses.replace(kernel, name="a.f", configuration=told.format(False, "ieee", " ids:i64"), registers=70),
+    ]
+    other = dataclasses.replace(group[0], configuration=told.format(True, "tf32", "").replace("BM=32", "BM=64"))
+    rows = [dict(zip(check.GROUP_COLUMNS, row, strict=True)) for row in check.table([*group, other])["a.f"]]
+    assert [(row["tiles"], row["kernels"]) for row in rows] == [
+        ("D=64 BM=32 bf16 fp32", 2),
+        ("D=64 BM=64 bf16 fp32", 1),
+    ]
+    assert rows[0]["registers"] == (70, 90) and rows[0]["spills"] == 1
+    assert check.cell(rows[0]["registers"]) == "70-90" and check.cell(rows[1]["registers"]) == "90"
 
 
 def test_limits_of_the_chip():
