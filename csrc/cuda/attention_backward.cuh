@@ -25,26 +25,25 @@ struct Backward {
   float scale;
 };
 
-// A warp has M tiles of 16 held rows and COLUMNS of the D columns of their sums: 128 sums a thread in the
-// second pass. Where PARTS warps have the same rows, each computes the scores of its part of the moved rows
-// and they trade p and ds through shared memory. Few held rows, since multi-query attention has few blocks
-// in the second pass; 8 warps a multiprocessor, whose scores and sums take the registers.
+// A warp has M tiles of 16 held rows and COLUMNS of the D columns of their sums: in 16 bits 128 sums a thread
+// in the second pass. Where PARTS warps have the same rows, each computes the scores of its part of the moved
+// rows and they trade p and ds through shared memory. Few held rows, since multi-query attention has few
+// blocks in the second pass; 8 warps a multiprocessor, whose scores and sums take the registers. LARGE
+// rows leave shared memory for one stage.
 template <class Element, int HeadDim>
 struct Plan {
   using T = Element;
-  static constexpr bool EXACT = std::is_same_v<T, float>;
   static constexpr int D = HeadDim;
-  static constexpr int HELD = EXACT && D == 256 ? 32 : 64, MOVED = EXACT && D == 128 ? 16 : 32;
-  static constexpr int STAGES = EXACT && D == 256 ? 1 : 2;
+  static constexpr bool EXACT = std::is_same_v<T, float>, LARGE = EXACT && D > 64;
+  static constexpr int HELD = LARGE ? 32 : 64, MOVED = 32, STAGES = LARGE ? 1 : 2;
   static constexpr int M = !EXACT && D == 64 ? 2 : 1;
-  static constexpr int COLUMNS = D == 64 ? 64 : 128, PARTS = D / COLUMNS;
+  static constexpr int PARTS = D == 256 || LARGE ? 2 : 1, COLUMNS = D / PARTS;
   static constexpr int GROUPS = HELD / (16 * M), THREADS = 32 * GROUPS * PARTS;
   static constexpr int N = MOVED / PARTS / 8;      // tiles of 8 moved rows in a warp's scores
   static constexpr int STEPS = MOVED / Mma<T>::K;  // left fragments along the moved rows
   static_assert(HELD % MOVED == 0);  // rows that the first pass leaves are whole tiles of the second
   using Scores = float[M][N][4];
   using Sums = float[M][COLUMNS / 8][4];
-
   static constexpr int CHUNKS = D / kChunk<T>, STEP = THREADS / CHUNKS;  // rows that a block copies at once
 
   struct Shared {
@@ -54,6 +53,7 @@ struct Plan {
     float moved_bias[STAGES][MOVED], held_bias[HELD], dbias[PARTS][HELD];
     uint4 left[2][PARTS > 1 ? GROUPS * M * STEPS * 32 : 1];  // p and ds as fragments
   };
+  static_assert(sizeof(Shared) <= (D == 256 ? 163 : 99) * 1024);  // of sm_80, of sm_86 and sm_89
 };
 
 // A thread's place: its warp's rows and columns, and its row g and columns 2 t, 2 t + 1 of accumulators.

@@ -47,6 +47,11 @@ def test_file(library, file, seed):
     pytest_of(library, file, seed=seed)
 
 
+def test_under_address_sanitizer():
+    """The small calls of tests/cases.py: several tiles, ragged ends, masks, of every op. `main` runs everything so."""
+    pytest_of(emulator.default(sanitize=True), TESTS / "test_gpu.py", seed=1, **emulator.preloaded())
+
+
 def main() -> int:
     """Every file under every schedule, then under AddressSanitizer: what `make test` has no time for."""
     parser = argparse.ArgumentParser(description=main.__doc__)
