@@ -67,7 +67,7 @@ def workers() -> int:
 
 def test_files() -> list[str]:
     """Files with tests for a GPU: the others may import what is not installed beside it."""
-    files = sorted([*(ROOT / "tests").glob("test_*.py"), ROOT / "tests/emulator/test_fragments.py"])
+    files = sorted([*(ROOT / "tests").glob("test_*.py"), *(ROOT / "tests/emulator").glob("test_[fh]*.py")])
     marked = [f for f in files if "mark.kernel" in f.read_text() or "mark.gpu" in f.read_text()]
     return [str(f.relative_to(ROOT)) for f in marked]
 

@@ -29,13 +29,13 @@ struct Backward {
 // in the second pass. Where PARTS warps have the same rows, each computes the scores of its part of the moved
 // rows and they trade p and ds through shared memory. Few held rows, since multi-query attention has few
 // blocks in the second pass; 8 warps a multiprocessor, whose scores and sums take the registers. LARGE
-// rows leave shared memory for one stage.
-template <class Element, int HeadDim>
+// rows leave shared memory for one stage; so does a chip with little of it (SMALL).
+template <class Element, int HeadDim, bool SMALL = false>
 struct Plan {
   using T = Element;
   static constexpr int D = HeadDim;
   static constexpr bool EXACT = std::is_same_v<T, float>, LARGE = EXACT && D > 64;
-  static constexpr int HELD = LARGE ? 32 : 64, MOVED = 32, STAGES = LARGE ? 1 : 2;
+  static constexpr int HELD = LARGE || SMALL ? 32 : 64, MOVED = 32, STAGES = LARGE || SMALL ? 1 : 2;
   static constexpr int M = !EXACT && D == 64 ? 2 : 1;
   static constexpr int PARTS = D == 256 || LARGE ? 2 : 1, COLUMNS = D / PARTS;
   static constexpr int GROUPS = HELD / (16 * M), THREADS = 32 * GROUPS * PARTS;
@@ -53,7 +53,7 @@ struct Plan {
     float moved_bias[STAGES][MOVED], held_bias[HELD], dbias[PARTS][HELD];
     uint4 left[2][PARTS > 1 ? GROUPS * M * STEPS * 32 : 1];  // p and ds as fragments
   };
-  static_assert(sizeof(Shared) <= (D == 256 ? 163 : 99) * 1024);  // of sm_80, of sm_86 and sm_89
+  static_assert(sizeof(Shared) <= (D == 256 && !SMALL ? 163 : 99) * 1024);  // of sm_80, of sm_86 and sm_89
 };
 
 // A thread's place: its warp's rows and columns, and its row g and columns 2 t, 2 t + 1 of accumulators.

@@ -7,6 +7,8 @@
 //
 // Both passes have one shape. A block holds two tiles (q and dout; k and v) and moves along two others (k and
 // v; q and dout). Scores stand as [held][moved], so that p and ds are left operands of the sums as they are.
+#include <stdexcept>
+
 #include "attention_backward.cuh"
 
 namespace palm::cuda {
@@ -66,11 +68,12 @@ PALM_DEVICE void finish_rows(Row* rows, const T* dout, const T* out, Row* left) 
   }
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(Plan<T, D>::THREADS, 256 / Plan<T, D>::THREADS)
+template <class P>
+__global__ void __launch_bounds__(P::THREADS, 256 / P::THREADS)
     attention_dq_kernel(const __grid_constant__ Attention p, const __grid_constant__ Keys keys, Row* rows,
                         bool aligned) {
-  using P = Plan<T, D>;
+  using T = typename P::T;
+  constexpr int D = P::D;
   PALM_SHARED(typename P::Shared, shared);
   const Backward<T>& w = shared->work;
   if (threadIdx.x == 0) plan_rows<P>(shared->work, p, keys, rows);
@@ -211,11 +214,12 @@ PALM_DEVICE void clear_removed(const Attention& p, const Backward<T>& w, const H
   }
 }
 
-template <class T, int D>
-__global__ void __launch_bounds__(Plan<T, D>::THREADS, 256 / Plan<T, D>::THREADS)
+template <class P>
+__global__ void __launch_bounds__(P::THREADS, 256 / P::THREADS)
     attention_dkdv_kernel(const __grid_constant__ Attention p, const __grid_constant__ Keys keys, Row* rows,
                           const __grid_constant__ Heads dbias, bool aligned) {
-  using P = Plan<T, D>;
+  using T = typename P::T;
+  constexpr int D = P::D;
   PALM_SHARED(typename P::Shared, shared);
   const Backward<T>& w = shared->work;
   if (threadIdx.x == 0) plan_keys<P>(shared->work, p, keys, rows);
@@ -302,18 +306,22 @@ __global__ void __launch_bounds__(kThreads)
   static_cast<float*>(p.dbias)[b * p.dbias_batch + j * p.dbias_token] = sum;
 }
 
-template <class T, int D>
+template <class P>
 static void backward(const Attention& p, const Keys& keys, const Heads& dbias, const Queue& queue) {
-  using P = Plan<T, D>;
+  using T = typename P::T;
   bool all = true;
   for (const Heads* x : {&p.q, &p.k, &p.v, &p.out, &p.dout, &p.dq, &p.dk, &p.dv}) all = all && aligned<T>(*x);
   const int64_t row_blocks = p.K * row_slots(p, P::HELD), key_blocks = p.K * key_slots(p, P::HELD);
   Row* rows = scratch<Row>(queue, row_blocks * P::HELD);
   constexpr size_t bytes = sizeof(typename P::Shared);
+  if (bytes > shared_limit(queue))
+    throw std::runtime_error(
+        "attention: backward in float32 at head dims over 128 needs more shared memory than this GPU has; 16 "
+        "bits or pk.backend('triton') would serve");
   if (row_blocks > 0)
-    launch<attention_dq_kernel<T, D>>(row_blocks, P::THREADS, bytes, queue, p, keys, rows, all);
+    launch<attention_dq_kernel<P>>(row_blocks, P::THREADS, bytes, queue, p, keys, rows, all);
   if (key_blocks > 0)
-    launch<attention_dkdv_kernel<T, D>>(key_blocks, P::THREADS, bytes, queue, p, keys, rows, dbias, all);
+    launch<attention_dkdv_kernel<P>>(key_blocks, P::THREADS, bytes, queue, p, keys, rows, dbias, all);
 }
 
 void attention_bwd(const Attention& p, const Queue& queue) {
@@ -326,7 +334,13 @@ void attention_bwd(const Attention& p, const Queue& queue) {
   if (parts) dbias = {scratch<float>(queue, p.K * key_rows), p.S, 1, key_rows};
   with_dtype(p.dtype, [&](auto e) {
     using T = decltype(e);
-    with_head_dim(p.D, [&](auto D) { backward<T, D>(p, keys, dbias, queue); });
+    with_head_dim(p.D, [&](auto d) {
+      using P = Plan<T, d>;
+      if constexpr (sizeof(T) == 2 && d == 256)
+        if (sizeof(typename P::Shared) > shared_limit(queue))
+          return backward<Plan<T, d, true>>(p, keys, dbias, queue);
+      backward<P>(p, keys, dbias, queue);
+    });
   });
   if (parts)
     launch<attention_dbias_kernel>((key_rows + kThreads - 1) / kThreads, kThreads, 0, queue, p, dbias);

@@ -469,7 +469,10 @@ inline void prepare(dim3 grid, dim3 threads, size_t shared) {
   b.block = threads;
   b.threads = threads.x * threads.y * threads.z;
   if (b.threads % 32 || b.threads > 1024) fail("a block has 1 to 32 whole warps");
-  if (shared > 227 * 1024) fail("over 227 KiB of shared memory");
+  const char* arch = std::getenv("PALM_EMULATED_ARCH");
+  const int chip = arch ? std::atoi(arch) : 80;
+  const size_t limit = chip == 86 || chip == 89 ? 99 : chip < 90 ? 163 : 227;
+  if (shared > limit * 1024) fail("over " + std::to_string(limit) + " KiB of shared memory");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) fail("an empty grid");
   if (grid.y > 65535 || grid.z > 65535) fail("a grid has at most 65,535 blocks in y and z");
   b.fibers.resize(b.threads);

@@ -47,6 +47,27 @@ def test_file(library, file, seed):
     pytest_of(library, file, seed=seed)
 
 
+LITTLE = """
+import pytest, torch, palm_kernels as pk
+from helpers import check_op, randn
+def qkv(dtype):
+    return [randn(2, n, heads, 256, dtype=dtype) for n, heads in ((70, 3), (90, 1), (90, 1))]
+for dtype in (torch.bfloat16, torch.float16):
+    check_op("attention", *qkv(dtype), causal=True, key_bias=randn(2, 90))
+out = pk.attention(*qkv(torch.float32), causal=True)
+with pytest.raises(RuntimeError, match="attention: backward in float32 at head dims over 128 needs more shared memory"):
+    out.sum().backward()
+"""
+
+
+def test_chip_with_99_kb_of_shared_memory(library):
+    """Head dim 256 has tiles of its own there, or says what would serve."""
+    done = run(
+        library, "-c", LITTLE, PALM_EMULATED_ARCH="86", PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_under_address_sanitizer():
     """The small calls of tests/cases.py: several tiles, ragged ends, masks, of every op. `main` runs everything so."""
     pytest_of(emulator.default(sanitize=True), TESTS / "test_gpu.py", seed=1, **emulator.preloaded())
