@@ -50,8 +50,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 template <auto kernel, class... A>
 void launch(dim3 grid, dim3 block, size_t shared, const Queue& queue, const A&... arguments) {
 #if defined(PALM_EMULATE)
-  (void)queue;
-  emulator::launch(grid, block, shared, [&] { kernel(arguments...); });
+  emulator::launch(grid, block, shared, queue.arch, [&] { kernel(arguments...); });
 #else
   if (shared > 48 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));

@@ -463,15 +463,13 @@ inline void run_block(std::vector<int>& order) {
 #endif
 }
 
-inline void prepare(dim3 grid, dim3 threads, size_t shared) {
+inline void prepare(dim3 grid, dim3 threads, size_t shared, int arch) {
   Block& b = block();
   b.grid = grid;
   b.block = threads;
   b.threads = threads.x * threads.y * threads.z;
   if (b.threads % 32 || b.threads > 1024) fail("a block has 1 to 32 whole warps");
-  const char* arch = std::getenv("PALM_EMULATED_ARCH");
-  const int chip = arch ? std::atoi(arch) : 80;
-  const size_t limit = chip == 86 || chip == 89 ? 99 : chip < 90 ? 163 : 227;
+  const size_t limit = arch == 86 || arch == 89 ? 99 : arch < 90 ? 163 : 227;
   if (shared > limit * 1024) fail("over " + std::to_string(limit) + " KiB of shared memory");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) fail("an empty grid");
   if (grid.y > 65535 || grid.z > 65535) fail("a grid has at most 65,535 blocks in y and z");
@@ -487,9 +485,9 @@ inline void prepare(dim3 grid, dim3 threads, size_t shared) {
   b.late_products = value % 4 != 1;
 }
 
-inline void launch(dim3 grid, dim3 threads, size_t shared, const std::function<void()>& body) {
+inline void launch(dim3 grid, dim3 threads, size_t shared, int arch, const std::function<void()>& body) {
   Block& b = block();
-  prepare(grid, threads, shared);
+  prepare(grid, threads, shared, arch);
   void* memory = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
   const size_t guard = 0;  // the sanitizer watches the end
