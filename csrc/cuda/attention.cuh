@@ -303,9 +303,6 @@ struct Mma {
     mma<T>(d0, a.r, b0);
     mma<T>(d1, a.r, b1);
   }
-  static PALM_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b, bool) {
-    multiply<false>(d0, d1, a, b);
-  }
 };
 
 // float32: three tf32 products of the parts of x = big + small, or, SINGLE, the one of numbers rounded to
@@ -407,9 +404,6 @@ struct Mma<float> {
       product(d0, d1, pa.mixed, pb.small);
       product(d0, d1, a.r, b.r);
     }
-  }
-  static PALM_DEVICE void multiply(float (&d0)[4], float (&d1)[4], const A& a, const B& b, bool tf32) {
-    tf32 ? multiply<true>(d0, d1, a, b) : multiply<false>(d0, d1, a, b);
   }
 };
 

@@ -84,12 +84,12 @@ PALM_DEVICE Packet<T, N> packed(const float (&x)[N]) {
   }
 }
 
-// x[i] = p[i] for i < n, else `other`. N is kPacket, then p is aligned to 16 bytes, or 1.
+// x[i] = p[i] for i < n, else 0. N is kPacket, then p is aligned to 16 bytes, or 1.
 template <int N, class T>
-PALM_DEVICE void load(float (&x)[N], const T* p, int64_t n, float other = 0) {
+PALM_DEVICE void load(float (&x)[N], const T* p, int64_t n) {
   if (n >= N) return unpack(x, get<N>(p));
 #pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = i < n ? to_float(p[i]) : other;
+  for (int i = 0; i < N; ++i) x[i] = i < n ? to_float(p[i]) : 0;
 }
 
 template <int N, class T>

@@ -1,6 +1,6 @@
 // Single instructions of device.cuh and the fragments built on them, each behind a C function, so that
 // test_fragments.py can compare what lanes hold with independent tables. Runs in the emulator and on a GPU.
-#include "../../csrc/cuda/attention.cuh"
+#include "../../csrc/cuda/attention_forward.cuh"
 
 namespace palm::cuda {
 
@@ -30,7 +30,7 @@ __global__ void ldmatrix_kernel(const uint16_t* tile, uint32_t* r) {
   for (int i = 0; i < 4; ++i) r[lane * 4 + i] = x[i];
 }
 
-// scores = q k^T and out = rounded(scores) v through tiles, fragments and accumulators: q [16][64], k, v
+// scores = q k^T and out = rounded(scores) v by the forward's own steps: q [16][64], k, v
 // [16][64], scores [16][16], out [16][64].
 template <class T>
 __global__ void attention_kernel(const T* q, const T* k, const T* v, bool tf32, float* scores, float* out) {
@@ -43,20 +43,14 @@ __global__ void attention_kernel(const T* q, const T* k, const T* v, bool tf32, 
   commit_copies();
   wait_copies<0>();
   __syncthreads();
-  using M = Mma<T>;
-  float s[2][4] = {}, o[D / 8][4] = {};
-  for (int d = 0; d < D; d += M::K)
-    M::multiply(s[0], s[1], M::template load_a<D>(sq, 0, d), M::template load_b<D>(sk, 0, d), tf32);
-  for (int n = 0; n < N; n += M::K) {
-    const typename M::A p = M::a_of(s + n / 8);
-    for (int d = 0; d < D; d += 16)
-      M::multiply(o[d / 8], o[d / 8 + 1], p, M::template load_rows_b<D>(sv, n, d), tf32);
-  }
+  float s[1][N / 8][4], o[1][D / 8][4] = {};
+  score<D>(s, sq, 0, sk, 0, tf32);
+  add_values<D>(o, s, sv, 0, tf32);
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
   for (int c = 0; c < 4; ++c) {
     const int row = g + c / 2 * 8, column = 2 * t + c % 2;
-    for (int n = 0; n < N / 8; ++n) scores[row * N + n * 8 + column] = s[n][c];
-    for (int d = 0; d < D / 8; ++d) out[row * D + d * 8 + column] = o[d][c];
+    for (int n = 0; n < N / 8; ++n) scores[row * N + n * 8 + column] = s[0][n][c];
+    for (int d = 0; d < D / 8; ++d) out[row * D + d * 8 + column] = o[0][d][c];
   }
 }
 

@@ -68,6 +68,33 @@ def test_chip_with_99_kb_of_shared_memory(library):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+COUNTED = """
+import ctypes, sys, torch, palm_kernels as pk
+counts = ctypes.CDLL(sys.argv[1]).palm_emulator_counts
+for dtype in (torch.bfloat16, torch.float32):
+    for D in (64, 128, 256):
+        q, k, v = (torch.randn(1, 128, heads, D, dtype=dtype, requires_grad=True) for heads in (2, 1, 1))
+        out = pk.attention(q, k, v)
+        out.backward(torch.ones_like(out))
+        got = (ctypes.c_long * 6)()
+        counts(got)
+        print(D, dtype.itemsize, *got[:3])
+"""
+
+
+def test_products_and_bank_conflicts(library):
+    """No more and no fewer products than 2 forward and 7 backward (both passes make p and dp), no two rows of ldmatrix on a bank."""
+    done = run(library, "-c", COUNTED, str(library))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in done.stdout.splitlines():
+        D, size, products, ldmatrix, conflicts = map(int, line.split())
+        tile = 16 * 8 * (16 if size == 2 else 8)  # multiply-adds of an instruction
+        times = 1 if size == 2 else 3  # float32 in three parts
+        wanted = 256 * 128 * D // tile * times
+        assert products == wanted * (2 + 7), (line, wanted)
+        assert ldmatrix > 0 and conflicts == 0, line
+
+
 def test_under_address_sanitizer():
     """The small calls of tests/cases.py: several tiles, ragged ends, masks, of every op. `main` runs everything so."""
     pytest_of(emulator.default(sanitize=True), TESTS / "test_gpu.py", seed=1, **emulator.preloaded())
