@@ -28,7 +28,13 @@ X86 = {  # instruction set: vector bytes, flags
     "v4": (64, "-march=x86-64-v4 -mprefer-vector-width=512"),
     "v4_bf16": (64, "-march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16"),
 }
-ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {"native": (16, "")}
+PAIRS = {  # v4_bf16 with bf16 attention of its own: by the dot instruction, by the tile unit
+    "v4_dot": X86["v4_bf16"],
+    "v4_amx": (64, X86["v4_bf16"][1] + " -mamx-tile -mamx-bf16"),
+}
+PAIRS_STEMS = ("attention_bf16",)
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+ISAS = X86 if ON_X86 else {"native": (16, "")}
 
 
 def find_nvcc():
@@ -83,6 +89,9 @@ def ninja_file(out):
     objects = [compile("cpu/bindings.cpp", "cpu_bindings", f"{include} '-DPALM_ISAS(X)={isas}'")]
     for stem in STEMS:
         for isa, (width, flags) in ISAS.items():
+            objects.append(compile(f"cpu/{stem}.cpp", f"cpu_{stem}_{isa}", f"{flags} -DISA={isa} -DVB={width}"))
+    for stem in PAIRS_STEMS if ON_X86 else ():
+        for isa, (width, flags) in PAIRS.items():
             objects.append(compile(f"cpu/{stem}.cpp", f"cpu_{stem}_{isa}", f"{flags} -DISA={isa} -DVB={width}"))
     libs = "-Wl,--no-as-needed -ltorch_cpu -lc10"
     lines.append(f"build {out}/_cpu.so: link {' '.join(objects)}\n  libs = {libs}")

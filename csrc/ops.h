@@ -174,3 +174,8 @@ struct Queue {
 #define PALM_CPU_OPS(X) \
   PALM_OPS(X)           \
   X(peak, Peak)
+
+// The launchers that instruction sets with fast products of bf16 pairs have of their own.
+#define PALM_PAIRS_OPS(X)     \
+  X(attention_fwd, Attention) \
+  X(attention_bwd, Attention)

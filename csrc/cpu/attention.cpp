@@ -95,7 +95,7 @@ static void forward_tile(const Keys<C>& keys, const Packed<E>& K, const Packed<E
         for (int i = 0; i < T::NB; ++i)
           for (int j = 0; j < 3; ++j) store(w.scores + (n + i) * T::MP + j * T::L, c[i][j]);
       }
-      softmax_panel<C>(w.scores, nn, rows.masked(position, n0, nn, panel), position + n0,
+      softmax_panel<C>(w.scores, nn, rows.masked(position, n0, nn, at), position + n0,
                        bias ? bias + n0 : nullptr, w.lo + at, w.hi + at, w.m + at, w.l + at, w.alpha + at);
       for (int64_t d = 0; d < V.width; d += T::NP) {
         const C* values = V.part(s, kh) + d * s.room + n0 * T::NP;
@@ -117,15 +117,6 @@ static void forward_tile(const Keys<C>& keys, const Packed<E>& K, const Packed<E
       store(out + d, none ? inverse : load(w.out + i * V.width + d) * inverse, p.D - d);
     *rows.template row<C>(p.lse, i) = none ? C(-__builtin_inf()) : w.m[i] + C(__builtin_log(w.l[i]));
   }
-}
-
-// The first sequence whose offsets do not ascend from 0 to the row counts, or -1.
-static int64_t bad_offsets(const Attention& p) {
-  if (!p.cu_q) return -1;
-  if (p.cu_q[0] != 0 || p.cu_k[0] != 0) return 0;
-  for (int64_t b = 0; b < p.B; ++b)
-    if (p.cu_q[b + 1] < p.cu_q[b] || p.cu_k[b + 1] < p.cu_k[b]) return b + 1;
-  return p.cu_q[p.B] == p.q_rows && p.cu_k[p.B] == p.k_rows ? -1 : p.B;
 }
 
 template <class E>
@@ -154,14 +145,6 @@ int64_t attention_fwd(const Attention& p) {
 // ---- backward ----
 
 constexpr int kBackwardKeys = 96;
-
-// Query rows are dealt to chunks, each with its own dK and dV, which are added in fixed order at the end. The
-// number of chunks comes from shapes alone, so the bits do not depend on the number of threads.
-static int64_t chunk_count(const Attention& p, int64_t tiles) {
-  const int64_t rows = p.cu_q ? p.q_rows * p.H : p.B * p.T * p.H;
-  const int64_t wanted = most(4, least(16, rows / 4096)), pairs = most(1, p.B * p.K);
-  return most(1, least((wanted + pairs - 1) / pairs, tiles));
-}
 
 template <class C>
 struct BackwardState {
@@ -283,8 +266,8 @@ static void backward_block(const Backward<E>& x, const RowTile<E>& rows, int64_t
       for (int i = 0; i < T::NB; ++i)
         for (int j = 0; j < 3; ++j) store(probs + (n + i) * T::MP + j * T::L, c[i][j]);
     }
-    probabilities<C>(probs, nn, rows.masked(x.keys.position + s.keys, n0, nn, panel), position, bias,
-                     w.lo + at, w.hi + at, w.lse + at);
+    probabilities<C>(probs, nn, rows.masked(x.keys.position + s.keys, n0, nn, at), position, bias, w.lo + at,
+                     w.hi + at, w.lse + at);
     for (int64_t n = 0; n < nn; n += T::NB) {
       scores_tile(x.V.part(s, rows.kh) + (n0 + n) * p.D, w.douts + at * p.D, p.D, c);
 #pragma GCC unroll 8
@@ -384,9 +367,8 @@ static void backward(const Attention& p) {
         C* dk = sums + (s.keys * p.K + kh * s.room) * chunks * cell + c * s.room * cell;
         memset(dk, 0, s.room * cell * sizeof(C));
         const int64_t tiles = (b + 1 < p.B ? keys.seq[b + 1].tile : keys.tiles) - s.tile;
-        for (int64_t j = 0; j * chunks < tiles;
-             ++j) {  // to and fro, so that a causal mask loads the chunks alike
-          const int64_t tile = j * chunks + (j & 1 ? chunks - 1 - c : c);
+        for (int64_t j = 0; j * chunks < tiles; ++j) {
+          const int64_t tile = tile_of_chunk(j, c, chunks);
           if (tile < tiles)
             backward_tile<E>(x, s.tile + tile, kh, w, dk, dk + s.room * width,
                              p.dbias ? dk + 2 * s.room * width : nullptr);

@@ -21,7 +21,7 @@ struct Sequence {
   int64_t batch, q_row, k_row;  // of its first rows: a dense entry has rows 0, a packed one batch 0
   int64_t T, S, prefix;
   int64_t kept;         // keys that are not removed
-  int64_t room;         // S rounded up to the packing's block
+  int64_t room;         // S rounded up to Keys::block
   int64_t keys, ranks;  // where its part of Keys::position, bias and of Keys::rank begins
   int64_t tile;         // first row tile
 };
@@ -41,13 +41,19 @@ PALM_INLINE Bounds visible(const Attention& p, const Sequence& s, int64_t t) {
 template <class C>
 struct Keys {
   const Attention& p;
+  const int64_t block;  // keys that the packing takes together
   Scratch<Sequence> seq;
   int64_t room, ranks, tiles;
   Scratch<C> position, bias;  // of kept key n; positions beyond the last are larger than any bound
   Scratch<int32_t> rank;      // rank[j]: kept keys before position j, j <= S
 
-  Keys(const Attention& p, int64_t tile_rows)
-      : p(p), seq(p.B + 1), position(lay_out(tile_rows)), bias(p.key_bias ? room : 0), rank(ranks) {
+  Keys(const Attention& p, int64_t tile_rows, int64_t block = Tile<C>::NB)
+      : p(p),
+        block(block),
+        seq(p.B + 1),
+        position(lay_out(tile_rows)),
+        bias(p.key_bias ? room : 0),
+        rank(ranks) {
     parallel_for(p.B, 1 + 16384 / most(1, p.S), [&](int64_t lo, int64_t hi) {
       for (int64_t b = lo; b < hi; ++b) compact(seq[b]);
     });
@@ -62,7 +68,7 @@ struct Keys {
         s = {0,    p.cu_q[b], p.cu_k[b], p.cu_q[b + 1] - p.cu_q[b], p.cu_k[b + 1] - p.cu_k[b], 0, 0, 0,
              room, ranks,     tiles};
       if (p.prefix_lengths) s.prefix = least(most(p.prefix_lengths[b], 0), s.S);
-      s.room = round_up(s.S, Tile<C>::NB);
+      s.room = round_up(s.S, block);
       room += s.room;
       ranks += s.S + 1;
       tiles += (s.T * (p.H / p.K) + tile_rows - 1) / tile_rows;
@@ -150,6 +156,31 @@ static void over_keys(const Keys<C>& keys, int64_t heads, F&& body) {
   });
 }
 
+// The first sequence whose offsets do not ascend from 0 to the row counts, or -1.
+inline int64_t bad_offsets(const Attention& p) {
+  if (!p.cu_q) return -1;
+  if (p.cu_q[0] != 0 || p.cu_k[0] != 0) return 0;
+  for (int64_t b = 0; b < p.B; ++b)
+    if (p.cu_q[b + 1] < p.cu_q[b] || p.cu_k[b + 1] < p.cu_k[b]) return b + 1;
+  return p.cu_q[p.B] == p.q_rows && p.cu_k[p.B] == p.k_rows ? -1 : p.B;
+}
+
+// ---- backward's chunks ----
+
+// Query rows are dealt to chunks, each with its own dK and dV, which are added in fixed order at the end. The
+// number of chunks comes from shapes alone, so the bits do not depend on the number of threads.
+inline int64_t chunk_count(const Attention& p, int64_t tiles) {
+  const int64_t rows = p.cu_q ? p.q_rows * p.H : p.B * p.T * p.H;
+  const int64_t wanted = most(4, least(16, rows / 4096)), pairs = most(1, p.B * p.K);
+  return most(1, least((wanted + pairs - 1) / pairs, tiles));
+}
+
+// The j-th tile of a chunk, to and fro, so that a causal mask loads the chunks alike; beyond the last tile:
+// none.
+PALM_INLINE int64_t tile_of_chunk(int64_t j, int64_t chunk, int64_t chunks) {
+  return j * chunks + (j & 1 ? chunks - 1 - chunk : chunk);
+}
+
 // ---- a tile of query rows ----
 
 // The bounds of up to `panels` panels of rows; rows beyond the sequence repeat the last one's (their results
@@ -174,12 +205,12 @@ struct RowTile {
     }
     const int64_t from = keys.rank[s.ranks + least(int64_t(lo[0]), s.S)];
     const int64_t to = keys.rank[s.ranks + int64_t(hi[count - 1]) + 1];
-    n_begin = from / T::NB * T::NB;
-    n_end = to > from ? round_up(to, T::NB) : n_begin;
+    n_begin = from / keys.block * keys.block;
+    n_end = to > from ? round_up(to, keys.block) : n_begin;
   }
-  // Whether some row of the panel does not see some key of [n0, n0 + nn).
-  bool masked(const C* position, int64_t n0, int64_t nn, int64_t panel) const {
-    return position[n0 + nn - 1] > hi[panel * T::MP] || position[n0] < lo[panel * T::MP + T::MP - 1];
+  // Whether some row of [r0, r0 + rows) does not see some key of [n0, n0 + nn).
+  bool masked(const C* position, int64_t n0, int64_t nn, int64_t r0, int64_t rows = T::MP) const {
+    return position[n0 + nn - 1] > hi[r0] || position[n0] < lo[r0 + rows - 1];
   }
   template <class X>
   X* row(const Heads& x, int64_t i) const {

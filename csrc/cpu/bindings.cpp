@@ -7,6 +7,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "../ops.h"
 #include "parallel.h"
@@ -34,8 +41,47 @@ struct Kernels {
   static constexpr Kernels table = {#isa PALM_CPU_OPS(ENTRY)}; \
   }
 PALM_ISAS(NAMESPACE)
+
+#if defined(__x86_64__)
+// v4_bf16 with attention on bf16 by products of bf16 pairs (pairs.h).
+#define PAIRS(set)                                                                  \
+  namespace set {                                                                   \
+  PALM_PAIRS_OPS(DECLARE)                                                           \
+  template <int64_t (*pairs)(const Attention&), int64_t (*other)(const Attention&)> \
+  static int64_t by_dtype(const Attention& p) {                                     \
+    return p.dtype == Dtype::bf16 ? pairs(p) : other(p);                            \
+  }                                                                                 \
+  static constexpr Kernels with_pairs() {                                           \
+    Kernels t = v4_bf16::table;                                                     \
+    t.isa = #set;                                                                   \
+    PALM_PAIRS_OPS(BY_DTYPE)                                                        \
+    return t;                                                                       \
+  }                                                                                 \
+  static constexpr Kernels table = with_pairs();                                    \
+  }
+#define BY_DTYPE(name, Struct) t.name = by_dtype<name, v4_bf16::name>;
+PAIRS(v4_dot)
+PAIRS(v4_amx)
+#define PALM_TABLES(X) PALM_ISAS(X) X(v4_dot) X(v4_amx)
+#else
+#define PALM_TABLES(X) PALM_ISAS(X)
+#endif
 #define TABLE(isa) isa::table,
-static constexpr Kernels tables[] = {PALM_ISAS(TABLE)};
+static constexpr Kernels tables[] = {PALM_TABLES(TABLE)};
+
+#if defined(__x86_64__)
+// Whether the tile unit is there and this process may use it: Linux gives its registers on request only.
+static bool may_use_tiles() {
+  unsigned a, b, c, d;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return there && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 static bool supported(const std::string& isa) {
 #if defined(__x86_64__)
@@ -46,7 +92,18 @@ static bool supported(const std::string& isa) {
                   __builtin_cpu_supports("avx512vl");
   if (isa == "v3") return v3;
   if (isa == "v4") return v4;
-  if (isa == "v4_bf16") return v4 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16");
+  if (isa == "v4_bf16" || isa == "v4_dot") return bf16;
+  if (isa == "v4_amx") return bf16 && may_use_tiles();
+#endif
+  return true;
+}
+
+// The bf16 dot instruction runs at twice the float multiply-add's rate on AMD and at half of it on Intel,
+// where floats are faster.
+static bool fast(const std::string& isa) {
+#if defined(__x86_64__)
+  if (isa == "v4_dot") return __builtin_cpu_is("amd");
 #endif
   return true;
 }
@@ -64,7 +121,8 @@ static const Kernels& choose() {
   std::string wanted = forced ? forced : "";
   std::replace(wanted.begin(), wanted.end(), '-', '_');
   for (int i = sizeof(tables) / sizeof(*tables) - 1; i >= 0; --i)
-    if (supported(tables[i].isa) && (wanted.empty() || wanted == tables[i].isa)) return tables[i];
+    if (supported(tables[i].isa) && (wanted.empty() ? fast(tables[i].isa) : wanted == tables[i].isa))
+      return tables[i];
   STD_TORCH_CHECK(false, "PALM_KERNELS_CPU_ISA=", wanted, " is none of this machine's: ", isas());
 }
 static const Kernels& kernels() {
