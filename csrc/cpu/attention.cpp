@@ -45,13 +45,13 @@ static void softmax_panel(C* scores, int64_t count, bool masked, const C* positi
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
       C* s = scores + n * T::MP + j * T::L;
-      const V e = vexp_low(load(s) - base[j]);
+      const V e = vexp_softmax(load(s) - base[j]);
       store(s, e);
       sum[j] += e;
     }
   }
   for (int j = 0; j < 3; ++j) {
-    const V factor = vexp_low(old[j] - base[j]);
+    const V factor = vexp_softmax(old[j] - base[j]);
     store(alpha + j * T::L, factor);
     store(l + j * T::L, load(l + j * T::L) * factor + sum[j]);
     store(m + j * T::L, top[j]);
@@ -109,13 +109,14 @@ static void forward_tile(const Keys<C>& keys, const Packed<E>& K, const Packed<E
       }
     }
   }
+  for (int64_t i = 0; i < w.M; i += T::L) store(w.m + i, load(w.m + i) + vlog(load(w.l + i)));
   for (int64_t i = 0; i < rows.count; ++i) {
     const bool none = w.l[i] == 0;  // no visible key: 0, whatever stands in the accumulator
     const auto inverse = set1(none ? C(0) : 1 / w.l[i]);
     E* out = rows.template row<E>(p.out, i);
     for (int64_t d = 0; d < p.D; d += T::L)
       store(out + d, none ? inverse : load(w.out + i * V.width + d) * inverse, p.D - d);
-    *rows.template row<C>(p.lse, i) = none ? C(-__builtin_inf()) : w.m[i] + C(__builtin_log(w.l[i]));
+    *rows.template row<C>(p.lse, i) = none ? C(-__builtin_inf()) : w.m[i];
   }
 }
 
@@ -196,7 +197,7 @@ static void probabilities(C* scores, int64_t count, bool masked, const C* positi
       V s = load(cell);
       if (bias) s += add;
       if (masked) s = (low[j] <= here) & (here <= high[j]) ? s : none;
-      store(cell, vexp_low(s - base[j]));
+      store(cell, vexp_softmax(s - base[j]));
     }
   }
 }

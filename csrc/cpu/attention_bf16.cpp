@@ -83,6 +83,31 @@ struct Scores {
   }
 };
 
+// Sixteen vectors into one, lane i of it from vector i, by a tree of two-operand steps.
+template <class F>
+PALM_INLINE vf fold_lanes(vf* r, F combine) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    butterfly<8>(r[i], r[i + 8]);
+    r[i] = combine(r[i], r[i + 8]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    butterfly<4>(r[i], r[i + 4]);
+    r[i] = combine(r[i], r[i + 4]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    butterfly<2>(r[i], r[i + 2]);
+    r[i] = combine(r[i], r[i + 2]);
+  }
+  butterfly<1>(r[0], r[1]);
+  return combine(r[0], r[1]);
+}
+PALM_INLINE vf row_sums(vf* r) {
+  return fold_lanes(r, [](vf a, vf b) { return a + b; });
+}
+
 // The maxima of 16 rows of n floats, row i in lane i.
 PALM_INLINE vf row_maxima(const float* s, int64_t ld, int64_t n) {
   vf top[16];
@@ -95,22 +120,7 @@ PALM_INLINE vf row_maxima(const float* s, int64_t ld, int64_t n) {
     }
     top[i] = vmax(a, b);
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    butterfly<8>(top[i], top[i + 8]);
-    top[i] = vmax(top[i], top[i + 8]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    butterfly<4>(top[i], top[i + 4]);
-    top[i] = vmax(top[i], top[i + 4]);
-  }
-  butterfly<2>(top[0], top[2]);
-  butterfly<2>(top[1], top[3]);
-  top[0] = vmax(top[0], top[2]);
-  top[1] = vmax(top[1], top[3]);
-  butterfly<1>(top[0], top[1]);
-  return vmax(top[0], top[1]);
+  return fold_lanes(top, [](vf a, vf b) { return vmax(a, b); });
 }
 
 // ---- forward ----
@@ -169,14 +179,19 @@ static void softmax_strip(PairsForward& w, int64_t r, int64_t nn, float unit, in
 
 static void store_tile(const RowTile<bf16>& rows, const PairsForward& w, int64_t width, float unit) {
   const Attention& p = rows.p;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const float sum = hsum(load(w.l + i * 16));
-    const bool none = sum == 0;  // no visible key: 0, whatever stands in the accumulator
-    const vf inverse = set1(none ? 0.0f : 1 / sum);
-    bf16* out = rows.row<bf16>(p.out, i);
-    for (int64_t d = 0; d < p.D; d += 16)
-      store(out + d, none ? inverse : load(w.out + i * width + d) * inverse, p.D - d);
-    *rows.row<float>(p.lse, i) = none ? -__builtin_inff() : w.m[i] * unit + float(__builtin_log(sum));
+  for (int64_t r = 0; r < rows.count; r += 16) {
+    vf sums[16];
+    for (int i = 0; i < 16; ++i) sums[i] = load(w.l + (r + i) * 16);
+    const vf sum = row_sums(sums), inverse = set1(1.0f) / sum;
+    const vf lse = load(w.m + r) * set1(unit) + vlog(sum);
+    for (int64_t i = 0; i < least(16, rows.count - r); ++i) {
+      const bool none = sum[i] == 0;  // no visible key: 0, whatever stands in the accumulator
+      const vf factor = set1(none ? 0.0f : inverse[i]);
+      bf16* out = rows.row<bf16>(p.out, r + i);
+      for (int64_t d = 0; d < p.D; d += 16)
+        store(out + d, none ? factor : load(w.out + (r + i) * width + d) * factor, p.D - d);
+      *rows.row<float>(p.lse, r + i) = none ? -__builtin_inff() : lse[i];
+    }
   }
 }
 
@@ -270,12 +285,12 @@ static void load_rows(const RowTile<bf16>& rows, PairsBackward& w) {
     const float lse = i < rows.count ? *rows.row<const float>(p.lse, i) : -__builtin_inff();
     w.dead[i] = lse == -__builtin_inff();
     w.lse[i] = w.dead[i] ? __builtin_inff() : lse;  // exp(s - inf) = 0
+    w.delta[i] = 0;
+    if (w.dead[i]) continue;
+    const bf16 *dout = rows.row<const bf16>(p.dout, i), *out = rows.row<const bf16>(p.out, i);
     vf sum{};
-    for (int64_t d = 0; !w.dead[i] && d < p.D; d += 16)
-      sum += load(rows.row<const bf16>(p.dout, i) + d, p.D - d) *
-             load(rows.row<const bf16>(p.out, i) + d, p.D - d);
-    w.delta[i] = hsum(sum);
-    if (p.dlse.data && !w.dead[i]) w.delta[i] -= *rows.row<const float>(p.dlse, i);
+    for (int64_t d = 0; d < p.D; d += 16) sum += load(dout + d, p.D - d) * load(out + d, p.D - d);
+    w.delta[i] = hsum(sum) - (p.dlse.data ? *rows.row<const float>(p.dlse, i) : 0.0f);
   }
   load_tile(rows, p.q, w.dead, w.queries);
   load_tile(rows, p.dout, w.dead, w.douts);

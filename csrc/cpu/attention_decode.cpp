@@ -148,10 +148,10 @@ struct DecodeTask {
         store(w.scores + i * x.room + r, s);
         top = vmax(top, s);
       }
-      const V base = top == none ? V{} : top, factor = vexp_low(old - base);
+      const V base = top == none ? V{} : top, factor = vexp_softmax(old - base);
       V sum = load(l + r) * factor;
       for (int64_t i = 0; i < count; ++i) {
-        const V e = vexp_low(load(w.scores + i * x.room + r) - base);
+        const V e = vexp_softmax(load(w.scores + i * x.room + r) - base);
         store(w.scores + i * x.room + r, e);
         sum += e;
       }
@@ -212,7 +212,7 @@ static void merge_row(const Attention& p, const DecodePlan& x, const C* parts, i
   C factor[64];
   for (int64_t c = 0; c < chunks; ++c) {
     const C* tail = parts + c * x.part + x.room * x.width;
-    factor[c] = vexp_low(set1(tail[r] - base))[0];
+    factor[c] = vexp_softmax(set1(tail[r] - base))[0];
     total += factor[c] * tail[x.room + r];
   }
   const bool dead = total == 0;
