@@ -178,4 +178,5 @@ struct Queue {
 // The launchers that instruction sets with fast products of bf16 pairs have of their own.
 #define PALM_PAIRS_OPS(X)     \
   X(attention_fwd, Attention) \
-  X(attention_bwd, Attention)
+  X(attention_bwd, Attention) \
+  X(attention_decode, Attention)

@@ -65,36 +65,101 @@ PALM_INLINE void product(const bf16* a, int64_t lda, const bf16* b, int64_t k, f
   _tile_stored(2, c + 16 * ldc, out);
   _tile_stored(3, c + 16 * ldc + 16, out);
 }
+
+// c[64][16] = a[64][k] b[k][16], b a panel of one vector; between() runs every 32 of k.
+template <class F>
+PALM_INLINE void product_tall(const bf16* a, int64_t lda, const bf16* b, int64_t k, float* c, int64_t ldc,
+                              F&& between) {
+  before_tiles();
+  const int64_t rows = lda * 2, out = ldc * 4;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t i = 0; i < k; i += 32, b += 32 * 16) {
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, a + i, rows);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, a + 16 * lda + i, rows);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, a + 32 * lda + i, rows);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, a + 48 * lda + i, rows);
+    _tile_dpbf16ps(3, 5, 6);
+    between();
+  }
+  _tile_stored(0, c, out);
+  _tile_stored(1, c + 16 * ldc, out);
+  _tile_stored(2, c + 32 * ldc, out);
+  _tile_stored(3, c + 48 * ldc, out);
+}
+
+// c[16][32] += a[16][k] b[k][32]
+PALM_INLINE void product_16(const bf16* a, int64_t lda, const bf16* b, int64_t k, float* c, int64_t ldc) {
+  before_tiles();
+  _tile_loadd(0, c, ldc * 4);
+  _tile_loadd(1, c + 16, ldc * 4);
+  for (int64_t i = 0; i < k; i += 32, b += 32 * kPanel) {
+    _tile_loadd(4, a + i, lda * 2);
+    _tile_loadd(6, b, 4 * kPanel);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + kPanel, 4 * kPanel);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, c, ldc * 4);
+  _tile_stored(1, c + 16, ldc * 4);
+}
 #else
 struct Tiles {};
 
-PALM_INLINE void product(const bf16* a, int64_t lda, const bf16* b, int64_t k, float* c, int64_t ldc,
-                         bool zero) {
-  for (int r = 0; r < 32; r += 8, a += 8 * lda, c += 8 * ldc) {
-    __m512 sum[8][2];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      sum[i][0] = zero ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * ldc);
-      sum[i][1] = zero ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * ldc + 16);
-    }
-    const bf16* right = b;
-    for (int64_t j = 0; j < k; j += 2, right += 2 * kPanel) {
-      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(right), b1 = (__m512bh)_mm512_loadu_si512(right + 32);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        int32_t pair;
-        memcpy(&pair, a + i * lda + j, 4);
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, b0);
-        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, b1);
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      _mm512_storeu_ps(c + i * ldc, sum[i][0]);
-      _mm512_storeu_ps(c + i * ldc + 16, sum[i][1]);
+PALM_INLINE __m512bh pair_at(const bf16* p) {
+  int32_t pair;
+  memcpy(&pair, p, 4);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+// c[rows][16 NT] (+)= a[rows][k] b[k][16 NT]
+template <int rows, int NT>
+PALM_INLINE void product_rows(const bf16* a, int64_t lda, const bf16* b, int64_t k, float* c, int64_t ldc,
+                              bool zero) {
+  __m512 sum[rows][NT];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NT; ++j)
+      sum[i][j] = zero ? _mm512_setzero_ps() : _mm512_loadu_ps(c + i * ldc + 16 * j);
+  for (int64_t i = 0; i < k; i += 2, b += 32 * NT) {
+    __m512bh right[NT];
+#pragma GCC unroll 2
+    for (int j = 0; j < NT; ++j) right[j] = (__m512bh)_mm512_loadu_si512(b + 32 * j);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const __m512bh x = pair_at(a + r * lda + i);
+#pragma GCC unroll 2
+      for (int j = 0; j < NT; ++j) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], x, right[j]);
     }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NT; ++j) _mm512_storeu_ps(c + i * ldc + 16 * j, sum[i][j]);
+}
+
+// The same three shapes as above.
+PALM_INLINE void product(const bf16* a, int64_t lda, const bf16* b, int64_t k, float* c, int64_t ldc,
+                         bool zero) {
+  for (int r = 0; r < 32; r += 8) product_rows<8, 2>(a + r * lda, lda, b, k, c + r * ldc, ldc, zero);
+}
+template <class F>
+PALM_INLINE void product_tall(const bf16* a, int64_t lda, const bf16* b, int64_t k, float* c, int64_t ldc,
+                              F&& between) {
+  for (int r = 0; r < 64; r += 16) {
+    product_rows<16, 1>(a + r * lda, lda, b, k, c + r * ldc, ldc, true);
+    for (int64_t i = 0; i < k; i += 128) between();
+  }
+}
+PALM_INLINE void product_16(const bf16* a, int64_t lda, const bf16* b, int64_t k, float* c, int64_t ldc) {
+  for (int r = 0; r < 16; r += 8) product_rows<8, 2>(a + r * lda, lda, b, k, c + r * ldc, ldc, false);
 }
 #endif
 
@@ -126,7 +191,7 @@ PALM_INLINE __m512i pairs(vf x, vf y) {
 
 // Columns of a right operand whose k runs along the rows' elements: 16 rows become 16 columns. to[d / 2][16]
 // pairs, `ld` elements apart, D rounded up to 32.
-static void pack_transposed(const bf16* const* rows, int64_t D, bf16* to, int64_t ld) {
+inline void pack_transposed(const bf16* const* rows, int64_t D, bf16* to, int64_t ld) {
   for (int64_t d = 0; d < D; d += 32) {
     vf r[16];
 #pragma GCC unroll 16
@@ -144,7 +209,7 @@ PALM_INLINE void pack_pair(const bf16* x, const bf16* y, int64_t D, bf16* to, in
 }
 
 // to[d][m] = rows[m][d]: 32 rows of D elements become columns; to's rows are ld apart, D rounded up to 32.
-static void pack_columns(const bf16* const* rows, int64_t D, bf16* to, int64_t ld) {
+inline void pack_columns(const bf16* const* rows, int64_t D, bf16* to, int64_t ld) {
   for (int64_t d = 0; d < D; d += 32) {
     bf16 turned[16][64];
     for (int i = 0; i < 16; ++i)
