@@ -32,7 +32,7 @@ PAIRS = {  # v4_bf16 with bf16 attention of its own: by the dot instruction, by 
     "v4_dot": X86["v4_bf16"],
     "v4_amx": (64, X86["v4_bf16"][1] + " -mamx-tile -mamx-bf16"),
 }
-PAIRS_STEMS = ("attention_bf16", "attention_decode_bf16")
+PAIRS_STEMS = ("attention_bf16", "attention_decode_bf16", "peak")
 ON_X86 = platform.machine() in ("x86_64", "AMD64")
 ISAS = X86 if ON_X86 else {"native": (16, "")}
 

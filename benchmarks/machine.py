@@ -113,14 +113,14 @@ def _fastest(call, device: str, repeats: int) -> float:
     return min([clock(call) for _ in range(repeats + 1)][1:])
 
 
-def _unit(dot: bool, repeats: int) -> float | None:
-    """GFLOP/s of every thread's multiply-add (or bf16 dot) unit together; None where there is none to ask."""
+def _unit(unit: str, repeats: int) -> float | None:
+    """GFLOP/s of every thread's "fma", bf16 "dot" or bf16 "tile" unit together; None where there is none to ask."""
     if not hasattr(torch.ops.palm_kernels_cpu, "peak"):
         return None
     out = torch.empty(torch.get_num_threads())
-    length = 2_000_000  # about 5 ms
-    flop = torch.ops.palm_kernels_cpu.peak(length, dot, out)
-    seconds = _fastest(lambda: torch.ops.palm_kernels_cpu.peak(length, dot, out), "cpu", repeats)
+    length = 500_000 if unit == "tile" else 2_000_000  # about 5 ms
+    flop = torch.ops.palm_kernels_cpu.peak(length, unit, out)
+    seconds = _fastest(lambda: torch.ops.palm_kernels_cpu.peak(length, unit, out), "cpu", repeats)
     return flop * out.numel() / seconds / 1e9 if flop > 0 else None
 
 
@@ -131,9 +131,9 @@ def _gemm(dtype: torch.dtype, device: str, size: int, repeats: int) -> float:
 
 def measure_peaks(device: str, size: int = 2048, megabytes: int = 256, repeats: int = 9) -> dict:
     """GFLOP/s of the units and of torch's square GEMM; GB/s of a copy (bytes read plus bytes written) and of a read."""
-    peaks = {"fma_fp32": None, "dot_bf16": None}
+    peaks = {"fma_fp32": None, "dot_bf16": None, "tile_bf16": None}
     if device == "cpu":
-        peaks = {"fma_fp32": _unit(False, repeats), "dot_bf16": _unit(True, repeats)}
+        peaks = {name: _unit(name.split("_")[0], repeats) for name in peaks}
     size, megabytes = (4 * size, 4 * megabytes) if device == "cuda" else (size, megabytes)
     peaks["gemm_fp32"] = _gemm(torch.float32, device, size, repeats)
     peaks["gemm_bf16"] = _gemm(torch.bfloat16, device, size, repeats)
@@ -146,8 +146,8 @@ def measure_peaks(device: str, size: int = 2048, megabytes: int = 256, repeats: 
 
 def bound(peaks: dict, flops: float, moved: float, dtype: torch.dtype, bandwidth: str) -> tuple[float, str]:
     """Seconds that the peaks allow for this work, and what limits it: "flops" or "bytes"."""
-    units = ["fma_fp32", "gemm_fp32"] + (["dot_bf16", "gemm_bf16"] if dtype == torch.bfloat16 else [])
-    arithmetic = flops / 1e9 / max(peaks[u] or 0.0 for u in units)
+    units = ["fma_fp32", "gemm_fp32"] + (["dot_bf16", "tile_bf16", "gemm_bf16"] if dtype == torch.bfloat16 else [])
+    arithmetic = flops / 1e9 / max(peaks.get(u) or 0.0 for u in units)
     memory = moved / 1e9 / peaks[bandwidth]
     return max((arithmetic, "flops"), (memory, "bytes"))
 

@@ -122,12 +122,15 @@ struct SoftWeakEmbedding {
   void *dweight, *dmask;
 };
 
-// Chains of the float multiply-add (dot: of the bf16 dot instruction), `repeats` long, one set an element of
-// out, to be timed. Returns the floating-point operations behind one element, or -1 without that instruction.
+enum class Unit : int32_t { fma, dot, tile };
+
+// Chains of one instruction (the float multiply-add, the bf16 dot, the product of bf16 tiles), `repeats`
+// long, one set an element of out, to be timed. Returns the floating-point operations behind one element, or
+// -1 without that instruction.
 struct Peak {
   float* out;
   int64_t count, repeats;
-  bool dot;
+  Unit unit;
 };
 
 // out = silu(gate) * up. Forward reads gate, up and writes out; backward reads dout too and writes dgate,

@@ -156,10 +156,13 @@ def test_bound():
 def test_peak_counts_its_work():
     """Each chain of the multiply-add ends at 2, so the sum says how many lanes there were."""
     out = torch.empty(3)
-    flop = torch.ops.palm_kernels_cpu.peak(1000, False, out)
+    flop = torch.ops.palm_kernels_cpu.peak(1000, "fma", out)
     assert torch.equal(out, out[:1].expand(3)) and flop == 1000 * out[0]
-    dot = torch.ops.palm_kernels_cpu.peak(1000, True, out)
-    assert dot == (2 * flop if torch.ops.palm_kernels_cpu.isa() == "v4-bf16" else -1)
+    dot = torch.ops.palm_kernels_cpu.peak(1000, "dot", out)
+    isa = torch.ops.palm_kernels_cpu.isa()
+    assert dot == (2 * flop if isa in ("v4-bf16", "v4-dot", "v4-amx") else -1)
+    tile = torch.ops.palm_kernels_cpu.peak(1000, "tile", out)
+    assert tile == (65536 * 1000 if isa == "v4-amx" else -1)
 
 
 def test_bench_files():

@@ -44,20 +44,22 @@ PALM_ISAS(NAMESPACE)
 
 #if defined(__x86_64__)
 // v4_bf16 with attention on bf16 by products of bf16 pairs (pairs.h).
-#define PAIRS(set)                                                                  \
-  namespace set {                                                                   \
-  PALM_PAIRS_OPS(DECLARE)                                                           \
-  template <int64_t (*pairs)(const Attention&), int64_t (*other)(const Attention&)> \
-  static int64_t by_dtype(const Attention& p) {                                     \
-    return p.dtype == Dtype::bf16 ? pairs(p) : other(p);                            \
-  }                                                                                 \
-  static constexpr Kernels with_pairs() {                                           \
-    Kernels t = v4_bf16::table;                                                     \
-    t.isa = #set;                                                                   \
-    PALM_PAIRS_OPS(BY_DTYPE)                                                        \
-    return t;                                                                       \
-  }                                                                                 \
-  static constexpr Kernels table = with_pairs();                                    \
+template <int64_t (*pairs)(const Attention&), int64_t (*other)(const Attention&)>
+static int64_t by_dtype(const Attention& p) {
+  return p.dtype == Dtype::bf16 ? pairs(p) : other(p);
+}
+#define PAIRS(set)                               \
+  namespace set {                                \
+  PALM_PAIRS_OPS(DECLARE)                        \
+  DECLARE(peak, Peak)                            \
+  static constexpr Kernels with_pairs() {        \
+    Kernels t = v4_bf16::table;                  \
+    t.isa = #set;                                \
+    t.peak = peak;                               \
+    PALM_PAIRS_OPS(BY_DTYPE)                     \
+    return t;                                    \
+  }                                              \
+  static constexpr Kernels table = with_pairs(); \
   }
 #define BY_DTYPE(name, Struct) t.name = by_dtype<name, v4_bf16::name>;
 PAIRS(v4_dot)
@@ -135,10 +137,12 @@ static std::string isa() {
   return name;
 }
 
-static int64_t peak(int64_t repeats, bool dot, torch::stable::Tensor out) {
+static int64_t peak(int64_t repeats, std::string unit, torch::stable::Tensor out) {
+  STD_TORCH_CHECK(unit == "fma" || unit == "dot" || unit == "tile", "peak: unit is ", unit);
   STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Float && out.is_contiguous(),
                   "peak: out is not float32");
-  return kernels().peak({static_cast<float*>(out.mutable_data_ptr()), out.numel(), repeats, dot});
+  const Unit which = unit == "fma" ? Unit::fma : unit == "dot" ? Unit::dot : Unit::tile;
+  return kernels().peak({static_cast<float*>(out.mutable_data_ptr()), out.numel(), repeats, which});
 }
 
 }  // namespace palm::cpu
@@ -164,7 +168,7 @@ class On {
 STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
-  m.def("peak(int repeats, bool dot, Tensor(a!) out) -> int");
+  m.def("peak(int repeats, str unit, Tensor(a!) out) -> int");
   palm::bindings::define(m);
 }
 
