@@ -62,16 +62,10 @@ static void softmax_panel(C* scores, int64_t count, bool masked, const C* positi
 template <class C>
 struct ForwardState {
   static constexpr int M = kForwardPanels * Tile<C>::MP;
-  Scratch<C> queries, out, scores, m, l, alpha, lo, hi;
+  Scratch<C> queries, out, scores, m, l, alpha;
+  RowPlan<C> plan;
   ForwardState(int64_t D, int64_t width)
-      : queries(M * D),
-        out(M * width),
-        scores(kForwardKeys * Tile<C>::MP),
-        m(M),
-        l(M),
-        alpha(M),
-        lo(M),
-        hi(M) {}
+      : queries(M * D), out(M * width), scores(kForwardKeys * Tile<C>::MP), m(M), l(M), alpha(M), plan(M) {}
 };
 
 template <class E, class C = typename Of<E>::C>
@@ -79,7 +73,7 @@ static void forward_tile(const Keys<C>& keys, const Packed<E>& K, const Packed<E
                          int64_t kh, ForwardState<C>& w) {
   using T = Tile<C>;
   const Attention& p = keys.p;
-  const RowTile<E> rows(keys, tile, kh, w.M, w.lo, w.hi);
+  const RowTile<E> rows(keys, tile, kh, w.M, w.plan);
   const Sequence& s = rows.s;
   rows.columns(p.q, C(p.scale), nullptr, w.queries);
   for (int i = 0; i < w.M; ++i) w.m[i] = C(-__builtin_inf()), w.l[i] = 0;
@@ -96,7 +90,8 @@ static void forward_tile(const Keys<C>& keys, const Packed<E>& K, const Packed<E
           for (int j = 0; j < 3; ++j) store(w.scores + (n + i) * T::MP + j * T::L, c[i][j]);
       }
       softmax_panel<C>(w.scores, nn, rows.masked(position, n0, nn, at), position + n0,
-                       bias ? bias + n0 : nullptr, w.lo + at, w.hi + at, w.m + at, w.l + at, w.alpha + at);
+                       bias ? bias + n0 : nullptr, rows.lo + at, rows.hi + at, w.m + at, w.l + at,
+                       w.alpha + at);
       for (int64_t d = 0; d < V.width; d += T::NP) {
         const C* values = V.part(s, kh) + d * s.room + n0 * T::NP;
         for (int i = 0; i < T::MP; i += T::R) {
@@ -150,8 +145,9 @@ constexpr int kBackwardKeys = 96;
 template <class C>
 struct BackwardState {
   int64_t M;
-  Scratch<C> queries, douts, query_panels, dout_panels, dq, probs, dscores, lse, delta, lo, hi;
+  Scratch<C> queries, douts, query_panels, dout_panels, dq, probs, dscores, lse, delta;
   Scratch<bool> dead;
+  RowPlan<C> plan;
   BackwardState(int64_t M, int64_t D, int64_t width)
       : M(M),
         queries(M * D),
@@ -163,9 +159,8 @@ struct BackwardState {
         dscores(M * kBackwardKeys),
         lse(M),
         delta(M),
-        lo(M),
-        hi(M),
-        dead(M) {}
+        dead(M),
+        plan(M) {}
 };
 
 // What the backward tiles read and write beside their own rows.
@@ -267,8 +262,8 @@ static void backward_block(const Backward<E>& x, const RowTile<E>& rows, int64_t
       for (int i = 0; i < T::NB; ++i)
         for (int j = 0; j < 3; ++j) store(probs + (n + i) * T::MP + j * T::L, c[i][j]);
     }
-    probabilities<C>(probs, nn, rows.masked(x.keys.position + s.keys, n0, nn, at), position, bias, w.lo + at,
-                     w.hi + at, w.lse + at);
+    probabilities<C>(probs, nn, rows.masked(x.keys.position + s.keys, n0, nn, at), position, bias,
+                     rows.lo + at, rows.hi + at, w.lse + at);
     for (int64_t n = 0; n < nn; n += T::NB) {
       scores_tile(x.V.part(s, rows.kh) + (n0 + n) * p.D, w.douts + at * p.D, p.D, c);
 #pragma GCC unroll 8
@@ -304,7 +299,7 @@ static void backward_tile(const Backward<E>& x, int64_t tile, int64_t kh, Backwa
                           C* dbias) {
   using T = Tile<C>;
   const Attention& p = x.keys.p;
-  const RowTile<E> rows(x.keys, tile, kh, w.M, w.lo, w.hi);
+  const RowTile<E> rows(x.keys, tile, kh, w.M, w.plan);
   const bool any = rows.n_end > rows.n_begin;
   if (any) load_rows<E>(rows, w);
   for (int64_t n0 = rows.n_begin; n0 < rows.n_end; n0 += kBackwardKeys)

@@ -183,25 +183,47 @@ PALM_INLINE int64_t tile_of_chunk(int64_t j, int64_t chunk, int64_t chunks) {
 
 // ---- a tile of query rows ----
 
-// The bounds of up to `panels` panels of rows; rows beyond the sequence repeat the last one's (their results
-// are dropped).
+// A thread's memory for the rows of one tile: where each stands and which keys it sees.
+template <class C>
+struct RowPlan {
+  Scratch<int32_t> token, head;
+  Scratch<C> lo, hi;
+  explicit RowPlan(int64_t rows) : token(rows), head(rows), lo(rows), hi(rows) {}
+};
+
+// Rows [first, first + count) of (sequence, kh), token by token; rows of the plan beyond them repeat the last
+// one (their results are dropped).
 template <class E, class C = typename Of<E>::C>
 struct RowTile {
   using T = Tile<C>;
   const Attention& p;
   const Sequence& s;
-  int64_t kh, G, first, count;  // rows [first, first + count) of (sequence, kh)
-  C *lo, *hi;
+  int64_t kh, count;
+  const int32_t *token, *head;
+  const C *lo, *hi;
   int64_t n_begin, n_end;  // kept keys that some row sees, on packing blocks
 
-  RowTile(const Keys<C>& keys, int64_t tile, int64_t kh, int64_t tile_rows, C* lo, C* hi)
-      : p(keys.p), s(keys.seq[keys.sequence_of(tile)]), kh(kh), G(p.H / p.K), lo(lo), hi(hi) {
-    first = (tile - s.tile) * tile_rows;
+  RowTile(const Keys<C>& keys, int64_t tile, int64_t kh, int64_t tile_rows, RowPlan<C>& plan)
+      : p(keys.p),
+        s(keys.seq[keys.sequence_of(tile)]),
+        kh(kh),
+        token(plan.token),
+        head(plan.head),
+        lo(plan.lo),
+        hi(plan.hi) {
+    const int64_t G = p.H / p.K, first = (tile - s.tile) * tile_rows;
     count = least(tile_rows, s.T * G - first);
+    int64_t t = first / G, h = first % G;
+    Bounds see = visible(p, s, t);
     for (int64_t i = 0; i < tile_rows; ++i) {
-      const Bounds see = visible(p, s, (first + least(i, count - 1)) / G);
-      lo[i] = C(see.lo);
-      hi[i] = C(see.hi);
+      plan.token[i] = int32_t(t);
+      plan.head[i] = int32_t(kh * G + h);
+      plan.lo[i] = C(see.lo);
+      plan.hi[i] = C(see.hi);
+      if (i + 1 < count && ++h == G) {
+        h = 0;
+        see = visible(p, s, ++t);
+      }
     }
     const int64_t from = keys.rank[s.ranks + least(int64_t(lo[0]), s.S)];
     const int64_t to = keys.rank[s.ranks + int64_t(hi[count - 1]) + 1];
@@ -214,8 +236,7 @@ struct RowTile {
   }
   template <class X>
   X* row(const Heads& x, int64_t i) const {
-    const int64_t r = first + i;
-    return at<X>(x, s.batch, s.q_row + r / G, kh * G + r % G);
+    return at<X>(x, s.batch, s.q_row + token[i], head[i]);
   }
   int64_t panels() const { return (count + T::MP - 1) / T::MP; }
 

@@ -129,7 +129,8 @@ struct PairsForward {
   using B = Block<256>;
   static constexpr int64_t M = 64;
   Scratch<bf16> queries, probs;
-  Scratch<float> scores, out, m, l, base, lo, hi;
+  Scratch<float> scores, out, m, l, base;
+  RowPlan<float> plan;
   Tiles tiles;
   explicit PairsForward(int64_t width)
       : queries(M * kRowsLd),
@@ -139,8 +140,7 @@ struct PairsForward {
         m(M),
         l(M * 16),  // a vector a row
         base(M),
-        lo(M),
-        hi(M) {}
+        plan(M) {}
 };
 
 // One block of scores [32][nn] into w.probs; m, l and the rows of out are brought to the new maxima.
@@ -199,7 +199,7 @@ static void forward_tile(const Keys<float>& keys, const PackedPairs& K, const Pa
                          int64_t kh, PairsForward& w) {
   using B = PairsForward::B;
   const Attention& p = keys.p;
-  const RowTile<bf16> rows(keys, tile, kh, w.M, w.lo, w.hi);
+  const RowTile<bf16> rows(keys, tile, kh, w.M, w.plan);
   const Sequence& s = rows.s;
   const int64_t width = V.width;
   const Scores scores{keys.position + s.keys, p.key_bias ? keys.bias + s.keys : nullptr, float(p.scale),
@@ -247,8 +247,9 @@ struct PairsBackward {
   using B = Block<128>;
   int64_t M, columns_ld;
   Scratch<bf16> queries, douts, query_columns, dout_columns, dscore_rows, probs, dscores;
-  Scratch<float> scores, dprobs, dq, lse, delta, lo, hi;
+  Scratch<float> scores, dprobs, dq, lse, delta;
   Scratch<bool> dead;
+  RowPlan<float> plan;
   Tiles tiles;
   PairsBackward(int64_t M, int64_t width)
       : M(M),
@@ -265,9 +266,8 @@ struct PairsBackward {
         dq(M * width),
         lse(M),
         delta(M),
-        lo(M),
-        hi(M),
-        dead(M) {}
+        dead(M),
+        plan(M) {}
 };
 
 // What the backward tiles read beside their own rows.
@@ -365,7 +365,7 @@ static void backward_block(const PairsKeys& x, const RowTile<bf16>& rows, const 
 static void backward_tile(const PairsKeys& x, int64_t tile, int64_t kh, PairsBackward& w, float* dk,
                           float* dv, float* dbias) {
   const Attention& p = x.keys.p;
-  const RowTile<bf16> rows(x.keys, tile, kh, w.M, w.lo, w.hi);
+  const RowTile<bf16> rows(x.keys, tile, kh, w.M, w.plan);
   const Sequence& s = rows.s;
   const Scores scores{x.keys.position + s.keys, p.key_bias ? x.keys.bias + s.keys : nullptr, float(p.scale),
                       p.key_bias != nullptr};
