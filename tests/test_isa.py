@@ -1,6 +1,7 @@
 """Every CPU instruction set that this machine has runs the tests marked `kernel`; the default one runs them in their own files."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import palm_kernels  # noqa: F401
 
 if not hasattr(torch.ops.palm_kernels_cpu, "isas"):
     pytest.skip("the CPU library is not built", allow_module_level=True)
+PAIRS = ("v4-bf16", "v4-dot", "v4-amx")  # the same library but for attention on bf16 and the peak
 OTHERS = [i for i in torch.ops.palm_kernels_cpu.isas().split() if i != torch.ops.palm_kernels_cpu.isa()]
 
 
@@ -21,8 +23,11 @@ def run(isa, *command):
 
 @pytest.mark.parametrize("isa", OTHERS)
 def test_variant(isa):
-    here = os.path.dirname(__file__)
-    done = run(isa, "-m", "pytest", here, "-m", "kernel and not hypothesis", "-p", "no:cacheprovider")
+    here = pathlib.Path(__file__).parent
+    files = [here]
+    if {isa, torch.ops.palm_kernels_cpu.isa()} <= set(PAIRS):
+        files = [*here.glob("test_attention*.py"), here / "test_parallel_block.py", here / "test_benchmarks.py"]
+    done = run(isa, "-m", "pytest", *map(str, files), "-m", "kernel and not hypothesis", "-p", "no:cacheprovider")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     named = run(isa, "-c", "import torch, palm_kernels; print(torch.ops.palm_kernels_cpu.isa())")
     assert named.stdout.strip() == isa
