@@ -159,8 +159,23 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def training_memory(forward, leaves) -> dict[str, float]:
+def saved_memory(forward, inputs) -> float:
+    """MiB that forward leaves for backward beside its inputs and outputs: the storages that its graph holds."""
+    held = {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outs = forward()
+    known = {t.untyped_storage().data_ptr() for t in (*inputs, *(outs if isinstance(outs, tuple) else (outs,)))}
+    return sum(size for at, size in held.items() if at not in known) / 2**20
+
+
+def training_memory(forward, inputs) -> dict[str, float]:
     """On a GPU, MiB that forward leaves for backward beside its outputs, and that backward holds at its height, gradients included."""
+    leaves = [t for t in inputs if t.requires_grad]
     gc.collect()
     before = torch.cuda.memory_allocated()
     outs = forward()
