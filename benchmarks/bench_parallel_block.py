@@ -31,7 +31,12 @@ def gemms(mode, x, norm_weight, w_in, w_out, cos, sin, *, heads, head_dim):
     mixed, projected, out = (torch.randn(len(x), w.shape[i]).to(x) for w, i in ((w_out, 1), (w_in, 0), (w_out, 0)))
     forward, y = [(x, w_in.T, projected), (mixed, w_out.T, out)], torch.empty_like
     dprojected, dout = torch.randn_like(projected), torch.randn_like(out)
-    backward = [(dout, w_out, y(mixed)), (dout.T, mixed, y(w_out)), (dprojected, w_in, y(x)), (dprojected.T, x, y(w_in))]
+    backward = [
+        (dout, w_out, y(mixed)),
+        (dout.T, mixed, y(w_out)),
+        (dprojected, w_in, y(x)),
+        (dprojected.T, x, y(w_in)),
+    ]
     return products(*forward, *(backward if mode == BOTH else []))
 
 

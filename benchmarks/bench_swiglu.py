@@ -9,7 +9,11 @@ SHAPES = cases("N F", (2048, 8192)) + cases("N F", (512, 16384), dtypes=[torch.f
 
 
 def swiglu(N, F, dtype):
-    return (randn(N, F, dtype=dtype), randn(N, F, dtype=dtype)), {}, memory_work(N * F * dtype.itemsize, (3, 8), (5 * N * F, 17 * N * F))
+    return (
+        (randn(N, F, dtype=dtype), randn(N, F, dtype=dtype)),
+        {},
+        memory_work(N * F * dtype.itemsize, (3, 8), (5 * N * F, 17 * N * F)),
+    )
 
 
 def swiglu_packed(N, F, dtype):

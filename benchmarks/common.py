@@ -20,7 +20,13 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the error budget is
 
 OURS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # our backends on a device, each a provider of its own
 FORWARD, BOTH = "forward", "forward+backward"
-EAGER = ("eager", "SDPA", "SDPA padded", "PaLM-pytorch", "Cohere")  # the peers that are plain torch, as most people write it
+EAGER = (
+    "eager",
+    "SDPA",
+    "SDPA padded",
+    "PaLM-pytorch",
+    "Cohere",
+)  # the peers that are plain torch, as most people write it
 GIVEN = ", outputs given"  # behind a mode: our kernels alone, on outputs that are already there
 
 

@@ -33,11 +33,16 @@ def _attention(kind: str) -> list[Target]:
     floors, both_floors, goals, both_goals = BF16_ATTENTION[kind]
     half = floors if kind == "slow dot" else (1.6, 1.6, 1.6)
     half_both = both_floors if kind == "slow dot" else half
-    modes = ((FORWARD, (1.8, 1.4, 1.5), floors, goals, half), (BOTH, (1.8, 1.4, 1.5), both_floors, both_goals, half_both))
+    modes = (
+        (FORWARD, (1.8, 1.4, 1.5), floors, goals, half),
+        (BOTH, (1.8, 1.4, 1.5), both_floors, both_goals, half_both),
+    )
     for mode, single, *bf16, fp16 in modes:
         for i, D in enumerate(DIMS):
             case, name = {"D": D, "causal": True, **PLAIN}, f"attention D={D} {mode}"
-            over_sdpa = {d: each("attention", mode, speedup("SDPA"), dtype=d, **case) for d in ("float32", "bfloat16", "float16")}
+            over_sdpa = {
+                d: each("attention", mode, speedup("SDPA"), dtype=d, **case) for d in ("float32", "bfloat16", "float16")
+            }
             found += [
                 Target(f"{name} fp32, SDPA", "x", single[i], None, over_sdpa["float32"]),
                 Target(f"{name} fp32, of the peak", "%", 78, 85, each("attention", mode, percent, **FP32, **case)),
@@ -45,8 +50,16 @@ def _attention(kind: str) -> list[Target]:
                 Target(f"{name} fp16, SDPA", "x", fp16[i], None, over_sdpa["float16"]),
             ]
     full = each("attention", FORWARD, speedup("SDPA"), causal=False, **FP32)
-    odd = [Target(f"attention {m}, D 80, 96, H 71, GQA, T 1000, SDPA", "x", 1.3, None, _odd(m)) for m in (FORWARD, BOTH)]
-    return [*found, Target("attention not causal fp32 forward, SDPA", "x", 1.25, None, full), *odd, *_packed(), *_decode()]
+    odd = [
+        Target(f"attention {m}, D 80, 96, H 71, GQA, T 1000, SDPA", "x", 1.3, None, _odd(m)) for m in (FORWARD, BOTH)
+    ]
+    return [
+        *found,
+        Target("attention not causal fp32 forward, SDPA", "x", 1.25, None, full),
+        *odd,
+        *_packed(),
+        *_decode(),
+    ]
 
 
 def _odd(mode: str) -> Callable:
@@ -61,7 +74,10 @@ def _packed() -> list[Target]:
         return r["over_floors"] / kept if "over_floors" in r else None
 
     name = "attention_varlen {}: time over padded, over pairs kept"
-    return [Target(name.format(m), "x", 1.1, None, each("attention_varlen", m, excess, max), low=True) for m in (FORWARD, BOTH)]
+    return [
+        Target(name.format(m), "x", 1.1, None, each("attention_varlen", m, excess, max), low=True)
+        for m in (FORWARD, BOTH)
+    ]
 
 
 def _decode() -> list[Target]:
@@ -71,8 +87,12 @@ def _decode() -> list[Target]:
         name = f"attention_decode S=4096 D=256 {dtype}"
         found += [
             Target(f"{name}, SDPA", "x", sdpa, None, each("attention_decode", FORWARD, speedup("SDPA"), **case)),
-            Target(f"{name}, matmul pair", "x", pair, None, each("attention_decode", FORWARD, speedup("matmul"), **case)),
-            Target(f"{name}, time", "ms", None, goal, each("attention_decode", FORWARD, key("ms"), max, **case), low=True),
+            Target(
+                f"{name}, matmul pair", "x", pair, None, each("attention_decode", FORWARD, speedup("matmul"), **case)
+            ),
+            Target(
+                f"{name}, time", "ms", None, goal, each("attention_decode", FORWARD, key("ms"), max, **case), low=True
+            ),
         ]
     return found
 
@@ -118,7 +138,10 @@ def _model(peaks: dict) -> list[Target]:
     def at_gemm_rate(row, r):
         return 100 * row["work"]["flops"] / (1e6 * r["ms"] * peaks["gemm_fp32"])
 
-    step = {dtype: each("model_decode", FORWARD, key("ms"), max, dtype=dtype, cache="static") for dtype in ("float32", "bfloat16")}
+    step = {
+        dtype: each("model_decode", FORWARD, key("ms"), max, dtype=dtype, cache="static")
+        for dtype in ("float32", "bfloat16")
+    }
     bound = each("model_decode", FORWARD, percent, cache="static", **FP32)
     generate = each("model_decode", "generate", speedup("Cohere"), **FP32)
     return [
@@ -145,7 +168,9 @@ def _decode_linear() -> list[Target]:
 def _trends() -> list[Target]:
     def doubling(op: str, which: int, worst: Callable) -> Callable:
         def value(rows):
-            found = [d[3:][which] for d in doublings(rows) if d[0]["op"] == op and d[0]["providers"][d[2]]["kind"] == "ours"]
+            found = [
+                d[3:][which] for d in doublings(rows) if d[0]["op"] == op and d[0]["providers"][d[2]]["kind"] == "ours"
+            ]
             return worst((x for x in found if x is not None), default=None)
 
         return value

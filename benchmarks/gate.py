@@ -11,7 +11,7 @@ from palm_kernels import reference
 from .common import Bench, Provider, brief, outputs_of  # first: it puts tests/ on the path
 
 # isort: split
-from helpers import assert_close, make_douts, rms, run
+from helpers import assert_close, check_op, make_douts, rms, run  # noqa: F401  check_op for tune.py
 
 
 def _sampled(*tensors: Tensor, most: int = 2**20) -> list[Tensor]:

@@ -87,7 +87,7 @@ BENCHES = {  # stem: benches
             cases("B T C D", (8, 2048, 4096, 256), **BF16),
             bench_parallel_block.block,
             BLOCK,
-            floors={"GEMMs": bench_parallel_block.gemms},
+            floors={"GEMMs": bench_parallel_block.gemms, "attention": bench_parallel_block.attention},
             gate={"B": 1, "T": 256},
         ),
     ],

@@ -191,12 +191,13 @@ def _status_mb(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_memory(call, device: str) -> float | None:
+def peak_memory(call, device: str, collect: bool = True) -> float | None:
     """MiB that one call held at its height beyond what was there before: outputs, gradients, saved tensors, C++ scratch.
 
     On the CPU by the kernel's high-water mark of resident memory, after the allocator gave back what it kept; None without it.
     """
-    gc.collect()
+    if collect:  # takes a tenth of a second
+        gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -25,7 +25,9 @@ def judge(results: dict[str, dict], limit: float, amount: float) -> str | None:
     return best
 
 
-def _add_training_memory(measured: dict, providers: list[Provider], training: dict, device: str, effort: Effort) -> None:
+def _add_training_memory(
+    measured: dict, providers: list[Provider], training: dict, device: str, effort: Effort
+) -> None:
     """saved_mib (on a GPU backward_mib too) of every provider that was measured, and was not too slow to run once more."""
     for p in providers:
         r = measured.get(p.name, {})

@@ -59,6 +59,7 @@ def details(rows: list[dict]) -> list[list[str]]:
 
 def doublings(rows: list[dict]) -> Iterator[tuple[dict, dict, str, float, float | None]]:
     """(row, the row of twice the size, provider, factor of its time, of its peak memory) along the letter that a bench grows."""
+
     def place(row: dict, times: int):
         case = {**row["case"], row["grows"]: times * row["case"][row["grows"]]}
         return row["op"], row["variant"], row["mode"], tuple(case.items())

@@ -17,7 +17,7 @@ class Target(NamedTuple):
     low: bool = False
 
 
-def find(rows: list[dict], op: str, mode: str, **case) -> Iterator[dict]:
+def find(rows: list[dict], op: str, mode: str, /, **case) -> Iterator[dict]:
     """The rows of an op and mode whose case has these letters; variant="..." asks for a bench of that name."""
     variant = case.pop("variant", None)
     for row in rows:
@@ -36,7 +36,7 @@ def _peers(row: dict, *prefixes: str) -> list[dict]:
     return [r for n, r in named if r["kind"] == "peer" and n.startswith(prefixes or "") and "ms" in r]
 
 
-def each(op: str, mode: str, value: Callable[[dict, dict], float | None], worst=min, **case):
+def each(op: str, mode: str, value: Callable[[dict, dict], float | None], worst=min, /, **case):
     """The worst of value(row, ours) over the rows of an op, None where there is none."""
 
     def over(rows):

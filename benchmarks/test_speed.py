@@ -7,8 +7,9 @@ import torch
 
 import palm_kernels as pk
 
-from .common import BOTH, FORWARD, describe_case, gate, inputs, prepare, providers_of
+from .common import BOTH, FORWARD, describe_case, providers_of
 from .report import STEMS, chosen
+from .timing import plan_of
 
 CASES = [(bench, case) for _, bench, case in chosen(STEMS, quick=True)]
 PARAMETERS = [
@@ -21,25 +22,25 @@ PARAMETERS = [
 
 @functools.lru_cache(maxsize=1)
 def ready(index: int):
-    """(providers, the gate's verdicts, inputs, work) of one case."""
+    """(providers by name, plan) of one case."""
     torch.compiler.reset()
     torch.manual_seed(0)
     bench, case = CASES[index]
-    providers = {p.name: p for p in providers_of(bench, "cpu")}
-    return providers, gate(bench, case, list(providers.values())), *inputs(bench, case)
+    providers = providers_of(bench, "cpu")
+    return {p.name: p for p in providers}, plan_of(bench, case, providers)
 
 
 @pytest.mark.parametrize(("index", "mode", "name"), PARAMETERS)
 def test_speed(benchmark, index, mode, name):
-    providers, verdicts, sets, works = ready(index)
-    if mode not in works or verdicts[name]["status"] == "absent":
-        pytest.skip(verdicts[name]["reason"] or f"there is no {mode}")
-    if verdicts[name]["status"] != "ok":
-        pytest.fail(f"{verdicts[name]['status']}: {verdicts[name]['reason']}")
+    providers, plan = ready(index)
+    verdict = plan.verdicts[name]
+    if mode not in plan.modes or verdict["status"] == "absent":
+        pytest.skip(verdict["reason"] or f"there is no {mode}")
+    if verdict["status"] != "ok":
+        pytest.fail(f"{verdict['status']}: {verdict['reason']}")
     bench, case = CASES[index]
     benchmark.group = f"{bench.op} {describe_case(case)} {mode}"
-    provider = providers[name]
-    call = prepare(sets, [provider], mode)[name]
-    with pk.backend(provider.backend):
+    call = plan.modes[mode][0]()[name]
+    with pk.backend(providers[name].backend):
         call()
         benchmark(call)

@@ -15,7 +15,7 @@ from torch import Tensor
 import palm_kernels as pk
 from palm_kernels import dispatch
 
-from .common import BOTH, FORWARD, GIVEN, Bench, Plan, Provider, Work, brief, describe_case, in_mode
+from .common import GIVEN, Bench, Plan, Provider, Work, brief, describe_case, in_mode
 from .gate import gate
 from .machine import cpu_clock, gpu_clock, peak_memory
 
@@ -131,7 +131,7 @@ def _first_calls(calls: dict[str, Callable], providers: Sequence[Provider], devi
                 for _ in range(2 if device == "cuda" or getattr(p.call, "compiles", False) else 1):
                     taken = []
                     timed = functools.partial(lambda call, taken: taken.append(clock(call)), calls[p.name], taken)
-                    memory = peak_memory(timed, device) if device == "cpu" else timed()
+                    memory = peak_memory(timed, device, collect=False) if device == "cpu" else timed()
                     first[p.name] = taken[0], memory
         except Exception as error:
             failures[p.name] = {"status": "failed", "reason": brief(error)}
