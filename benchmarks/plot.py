@@ -111,12 +111,13 @@ def roofline(pyplot, rows: list[dict], peaks: dict):
     half = max(peaks["dot_bf16"] or 0.0, peaks["gemm_bf16"], single)
     figure, axes = pyplot.subplots(figsize=(9, 5.6), layout="constrained")
     intensity = [r["work"]["flops"] / r["work"]["bytes"] for r in points]
-    low, high = min(intensity) / 1.6, max(*intensity, half / peaks["copy"]) * 1.6
+    low, high = min(*intensity, single / peaks["copy"]) / 1.6, max(*intensity, half / peaks["copy"]) * 1.6
     for peak, name, style in ((half, "bf16", "--"), (single, "fp32", "-")):
         ridge = peak / peaks["copy"]
         axes.plot([low, ridge, high], [low * peaks["copy"], peak, peak], color="black", linewidth=1, linestyle=style)
         axes.text(high, peak, f"{name} peak {peak:.0f} GF/s ", ha="right", va="bottom", fontsize=8)
-    axes.text(1.2, peaks["copy"], f"copy {peaks['copy']:.0f} GB/s", fontsize=8, va="top")
+    middle = max(low * 1.2, single / peaks["copy"] / 15)
+    axes.text(middle * 1.2, middle * peaks["copy"], f"copy {peaks['copy']:.0f} GB/s", fontsize=8, va="top")
     ops = list(dict.fromkeys(r["op"] for r in points))
     shades = pyplot.colormaps["tab20"].colors  # the ten dark ones first
     colours = {op: (shades[::2] + shades[1::2])[i % 20] for i, op in enumerate(ops)}
