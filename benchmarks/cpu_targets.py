@@ -3,67 +3,49 @@
 How fast bfloat16 can be depends on the machine: targets follow its peaks, not its name.
 """
 
+import itertools
 from collections.abc import Callable
 
 from .common import BOTH, FORWARD, GIVEN
+from .machine import arithmetic
 from .tables import doublings, ours_of
 from .targets import Target, each, key, percent, ratio, share, speedup
 
-FP32, BF16, FP16 = ({"dtype": name} for name in ("float32", "bfloat16", "float16"))
+FP32, BF16 = ({"dtype": name} for name in ("float32", "bfloat16"))
 PLAIN = {"variant": ""}
-DIMS = (64, 128, 256)
-# kind of machine: bfloat16 attention over SDPA by head dim: (floors forward, floors both, goals forward, goals both)
-NONE = (None, None, None)
-BF16_ATTENTION = {
-    "slow dot": ((2.8, 2.4, 2.7), (3.0, 2.5, 2.7), NONE, NONE),
-    "fast dot": ((2.4, 1.9, 2.1), (2.0, 1.6, 1.7), (3.2, 2.6, 2.9), (2.8, 2.1, 2.2)),
-    "tile unit": ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), NONE, NONE),
+MODES, DIMS = (FORWARD, BOTH), (64, 128, 256)
+# attention over SDPA, by mode and head dim
+SINGLE, HALF, EVEN, NONE = ((1.8, 1.4, 1.5),) * 2, ((1.6,) * 3,) * 2, ((1.0,) * 3,) * 2, ((None,) * 3,) * 2
+SLOW = (2.8, 2.4, 2.7), (3.0, 2.5, 2.7)
+FAST, FAST_GOALS = ((2.4, 1.9, 2.1), (2.0, 1.6, 1.7)), ((3.2, 2.6, 2.9), (2.8, 2.1, 2.2))
+OVER_SDPA = {  # by kind of machine and dtype: floors, goals
+    "slow dot": {"float32": (SINGLE, NONE), "bfloat16": (SLOW, NONE), "float16": (SLOW, NONE)},
+    "fast dot": {"float32": (SINGLE, NONE), "bfloat16": (FAST, FAST_GOALS), "float16": (HALF, NONE)},
+    "tile unit": {"float32": (SINGLE, NONE), "bfloat16": (EVEN, NONE), "float16": (HALF, NONE)},
 }
 
 
 def machine_kind(peaks: dict) -> str:
     """Whether bfloat16 products are no faster than float32's ("slow dot"), about twice ("fast dot"), or far more ("tile unit")."""
-    single = max(peaks["fma_fp32"] or 0.0, peaks["gemm_fp32"])
-    gain = max(peaks["dot_bf16"] or 0.0, peaks["gemm_bf16"]) / single
+    gain = arithmetic(peaks, "bf16") / arithmetic(peaks, "fp32")
     return "tile unit" if gain >= 3 else "fast dot" if gain >= 1.3 else "slow dot"
 
 
 def _attention(kind: str) -> list[Target]:
     found = []
-    floors, both_floors, goals, both_goals = BF16_ATTENTION[kind]
-    half = floors if kind == "slow dot" else (1.6, 1.6, 1.6)
-    half_both = both_floors if kind == "slow dot" else half
-    modes = (
-        (FORWARD, (1.8, 1.4, 1.5), floors, goals, half),
-        (BOTH, (1.8, 1.4, 1.5), both_floors, both_goals, half_both),
-    )
-    for mode, single, *bf16, fp16 in modes:
-        for i, D in enumerate(DIMS):
-            case, name = {"D": D, "causal": True, **PLAIN}, f"attention D={D} {mode}"
-            over_sdpa = {
-                d: each("attention", mode, speedup("SDPA"), dtype=d, **case) for d in ("float32", "bfloat16", "float16")
-            }
-            found += [
-                Target(f"{name} fp32, SDPA", "x", single[i], None, over_sdpa["float32"]),
-                Target(f"{name} fp32, of the peak", "%", 78, 85, each("attention", mode, percent, **FP32, **case)),
-                Target(f"{name} bf16, SDPA", "x", bf16[0][i], bf16[1][i], over_sdpa["bfloat16"]),
-                Target(f"{name} fp16, SDPA", "x", fp16[i], None, over_sdpa["float16"]),
-            ]
+    for mode, D in itertools.product(MODES, DIMS):
+        m, i, case = MODES.index(mode), DIMS.index(D), {"D": D, "causal": True, **PLAIN}
+        for dtype, (floors, goals) in OVER_SDPA[kind].items():
+            value = each("attention", mode, speedup("SDPA"), dtype=dtype, **case)
+            found.append(Target(f"attention D={D} {mode} {dtype}, SDPA", "x", floors[m][i], goals[m][i], value))
+        value = each("attention", mode, percent, **FP32, **case)
+        found.append(Target(f"attention D={D} {mode} float32, of the peak", "%", 78, 85, value))
     full = each("attention", FORWARD, speedup("SDPA"), causal=False, **FP32)
-    odd = [
-        Target(f"attention {m}, D 80, 96, H 71, GQA, T 1000, SDPA", "x", 1.3, None, _odd(m)) for m in (FORWARD, BOTH)
-    ]
-    return [
-        *found,
-        Target("attention not causal fp32 forward, SDPA", "x", 1.25, None, full),
-        *odd,
-        *_packed(),
-        *_decode(),
-    ]
-
-
-def _odd(mode: str) -> Callable:
-    return each("attention", mode, speedup("SDPA"), variant="odd sizes")
+    found.append(Target("attention not causal float32 forward, SDPA", "x", 1.25, None, full))
+    for mode in MODES:
+        odd = each("attention", mode, speedup("SDPA"), variant="odd sizes")
+        found.append(Target(f"attention D 80, 96, H 71, GQA, T 1000 {mode}, SDPA", "x", 1.3, None, odd))
+    return found
 
 
 def _packed() -> list[Target]:
@@ -74,10 +56,7 @@ def _packed() -> list[Target]:
         return r["over_floors"] / kept if "over_floors" in r else None
 
     name = "attention_varlen {}: time over padded, over pairs kept"
-    return [
-        Target(name.format(m), "x", 1.1, None, each("attention_varlen", m, excess, max), low=True)
-        for m in (FORWARD, BOTH)
-    ]
+    return [Target(name.format(m), "x", 1.1, None, each("attention_varlen", m, excess, max), low=True) for m in MODES]
 
 
 def _decode() -> list[Target]:
@@ -105,7 +84,7 @@ def _memory_bound() -> list[Target]:
         case = {**shape, **FP32, **PLAIN}
         for peer, floor in zip(("eager", "torch.compile"), floors.get(op, (2.0, 1.1)), strict=True):
             found.append(Target(f"{op} {BOTH} fp32, {peer}", "x", floor, None, each(op, BOTH, speedup(peer), **case)))
-        given = [each(op, mode + GIVEN, percent, **case) for mode in (FORWARD, BOTH)]
+        given = [each(op, mode + GIVEN, percent, **case) for mode in MODES]
         lowest = lambda rows, given=given: min((v for g in given if (v := g(rows)) is not None), default=None)  # noqa: E731
         found.append(Target(f"{op}{GIVEN}, of copy bandwidth", "%", 80, None, lowest))
     return found
@@ -155,7 +134,7 @@ def _model(peaks: dict) -> list[Target]:
 
 def _decode_linear() -> list[Target]:
     def rows_of(n, value, **case):
-        return each("decode_linear", FORWARD, value, rows=n, **case)
+        return each("decode_linear", FORWARD, value, N=n, **case)
 
     return [
         Target("decode_linear 1 row bf16, torch", "x", 1.6, None, rows_of(1, speedup(), **BF16)),
@@ -189,4 +168,13 @@ def _trends() -> list[Target]:
 
 def for_machine(peaks: dict) -> list[Target]:
     kind = machine_kind(peaks)
-    return [*_attention(kind), *_memory_bound(), *_composed(), *_model(peaks), *_decode_linear(), *_trends()]
+    return [
+        *_attention(kind),
+        *_packed(),
+        *_decode(),
+        *_memory_bound(),
+        *_composed(),
+        *_model(peaks),
+        *_decode_linear(),
+        *_trends(),
+    ]

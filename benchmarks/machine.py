@@ -144,12 +144,17 @@ def measure_peaks(device: str, size: int = 2048, megabytes: int = 256, repeats: 
     return peaks
 
 
+def arithmetic(peaks: dict, kind: str) -> float:
+    """GFLOP/s of the fastest way to "fp32" or "bf16" products: a unit's or torch's GEMM."""
+    return max(value or 0.0 for name, value in peaks.items() if name.endswith(f"_{kind}"))
+
+
 def bound(peaks: dict, flops: float, moved: float, dtype: torch.dtype, bandwidth: str) -> tuple[float, str]:
     """Seconds that the peaks allow for this work, and what limits it: "flops" or "bytes"."""
-    units = ["fma_fp32", "gemm_fp32"] + (["dot_bf16", "tile_bf16", "gemm_bf16"] if dtype == torch.bfloat16 else [])
-    arithmetic = flops / 1e9 / max(peaks.get(u) or 0.0 for u in units)
-    memory = moved / 1e9 / peaks[bandwidth]
-    return max((arithmetic, "flops"), (memory, "bytes"))
+    kinds = ("fp32", "bf16") if dtype == torch.bfloat16 else ("fp32",)
+    calculating = flops / 1e9 / max(arithmetic(peaks, kind) for kind in kinds)
+    moving = moved / 1e9 / peaks[bandwidth]
+    return max((calculating, "flops"), (moving, "bytes"))
 
 
 def release() -> None:

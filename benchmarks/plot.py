@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .common import BOTH, EAGER, FORWARD, GIVEN
+from .machine import arithmetic
 from .tables import ours_of, write
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -107,8 +108,8 @@ def roofline(pyplot, rows: list[dict], peaks: dict):
     ]
     if not points:
         return None
-    single = max(peaks["fma_fp32"] or 0.0, peaks["gemm_fp32"])
-    half = max(peaks["dot_bf16"] or 0.0, peaks["gemm_bf16"], single)
+    single = arithmetic(peaks, "fp32")
+    half = max(single, arithmetic(peaks, "bf16"))
     figure, axes = pyplot.subplots(figsize=(9, 5.6), layout="constrained")
     intensity = [r["work"]["flops"] / r["work"]["bytes"] for r in points]
     low, high = min(*intensity, single / peaks["copy"]) / 1.6, max(*intensity, half / peaks["copy"]) * 1.6
