@@ -73,6 +73,11 @@ def mixed_embedding(ids, weight, strength, *, mask_embedding):
     return (1 - a) * F.embedding(ids, weight) + a * mask_embedding
 
 
+def cross_entropy(logits, target):
+    """In float32, as transformers has it: torch rounds the loss of 16-bit logits to 16 bits, which is over the error budget."""
+    return F.cross_entropy(logits.float(), target)
+
+
 def linear_then_cross_entropy(hidden, linear_weight, target):
     return F.cross_entropy(F.linear(hidden, linear_weight), target)
 
