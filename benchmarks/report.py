@@ -61,7 +61,7 @@ def progress(items):
 def sections(report: dict) -> list[tuple[str, list[list[str]]]]:
     """The tables beside the summary that have lines."""
     rows = report["rows"]
-    wanted = [t for t in report["targets"] if t["reached"] is not None or not report["only"]]
+    wanted = [t for t in report["targets"] if t["reached"] is not None or not report["partial"]]
     found = [("Targets", targets.lines(wanted)), ("Growth", growth(rows)), ("Threads", threads(rows))]
     return [(title, lines) for title, lines in found if len(lines) > 1]
 
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": " ".join(["python -m benchmarks.report", *(sys.argv[1:] if argv is None else argv)]),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "only": options.only,
+        "partial": options.device == "cpu" and bool(options.quick or options.only),
         "seed": options.seed,
         "versions": _versions(options.device),
         "peaks": measure_peaks(options.device),
