@@ -174,6 +174,17 @@ def _loss_and_gradients(built: Built, ids: Tensor) -> tuple[list[Tensor], Weight
     return [loss], dict(zip(built.weights, grads, strict=True))
 
 
+def _train_step(built: Built, ids: Tensor) -> Callable:
+    optimizer = torch.optim.AdamW(built.weights.values(), lr=1e-5, fused=True)
+
+    def call():
+        optimizer.zero_grad()
+        built.loss(ids).backward()
+        optimizer.step()
+
+    return call
+
+
 def plan_train(bench: Bench, case: dict, providers: Sequence[Provider]) -> Plan:
     """Loss and gradients on the same weights; the train step adds torch's fused AdamW for everyone."""
     ids = torch.randint(1, SIZES["V"], (case["B"], case["T"]))
@@ -199,20 +210,10 @@ def plan_train(bench: Bench, case: dict, providers: Sequence[Provider]) -> Plan:
     weights, attention = sizes_of(tokens * (ids.shape[1] + 1) / 2, **SIZES)
     work = Work(6 * tokens * weights + 3.5 * attention, 3 * 4 * weights, tokens)
 
-    def gradients(built: Built):
-        return lambda: _loss_and_gradients(built, ids)
-
-    def train_step(built: Built):
-        optimizer = torch.optim.AdamW(built.weights.values(), lr=1e-5, fused=True)
-
-        def call():
-            optimizer.zero_grad()
-            built.loss(ids).backward()
-            optimizer.step()
-
-        return call
-
-    modes = {BOTH: gradients, STEP: train_step}
+    modes = {
+        BOTH: lambda built: functools.partial(_loss_and_gradients, built, ids),
+        STEP: lambda b: _train_step(b, ids),
+    }
     prepared = {m: (lambda make=make: {n: make(b) for n, b in fit.items()}, work) for m, make in modes.items()}
     training = {n: (functools.partial(b.loss, ids), list(b.weights.values())) for n, b in fit.items()}
     return Plan(verdicts, prepared, training, describe_case(case))

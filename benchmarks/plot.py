@@ -86,12 +86,16 @@ def speedup(pyplot, rows: list[dict], peaks: dict):
     axes.set_xlabel(
         "times as fast, forward and backward where there is one; the number is against the best peer", fontsize=8
     )
+    _speedup_legend(pyplot, figure)
+    return figure
+
+
+def _speedup_legend(pyplot, figure) -> None:
     patch, line = pyplot.Rectangle, pyplot.Line2D
     handles = [patch((0, 0), 1, 1, color=c) for c in (AHEAD, BEHIND, PLAIN)]
     handles.append(line([], [], marker="|", color=ALONE, linestyle="", markersize=8, markeredgewidth=1.8))
     names = ["best peer", "best peer, we are slower", "plain torch", "best peer, forward alone"]
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    return figure
 
 
 def _log_axis(axis, scale: Callable, limits: Callable, low: float, high: float) -> None:
@@ -136,16 +140,20 @@ def roofline(pyplot, rows: list[dict], peaks: dict):
     axes.set_ylabel("GFLOP/s", fontsize=9)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
+    _roofline_legend(pyplot, figure, colours)
+    return figure
+
+
+def _roofline_legend(pyplot, figure, colours: dict) -> None:
     line = pyplot.Line2D
-    handles = [line([], [], marker="o", color=colours[op], linestyle="") for op in ops]
+    handles = [line([], [], marker="o", color=colours[op], linestyle="") for op in colours]
     handles += [
         line([], [], marker=m, color="black", markerfacecolor=f, linestyle="")
         for m, f in (("o", "black"), ("s", "black"), ("o", "none"))
     ]
     figure.legend(
-        handles, [*ops, "forward", "with backward", "16 bits"], loc="outside right upper", fontsize=8, frameon=False
+        handles, [*colours, "forward", "with backward", "16 bits"], loc="outside right upper", fontsize=8, frameon=False
     )
-    return figure
 
 
 def time_against_size(pyplot, rows: list[dict], peaks: dict):

@@ -37,6 +37,16 @@ def _add_training_memory(
                 r |= memory or {"saved_mib": saved_memory(*training[p.name])}
 
 
+def _named(bench: Bench, case: dict) -> dict:
+    return {
+        "op": bench.op,
+        "case": {k: str(v).removeprefix("torch.") if k == "dtype" else v for k, v in case.items()},
+        "variant": bench.variant,
+        "grows": bench.grows,
+        "label": f"{describe_case(case)} {bench.variant}".strip(),
+    }
+
+
 def run_case(
     stem: str, bench: Bench, case: dict, device: str, effort: Effort, seed: int, peaks: dict, threads: bool = False
 ) -> list[dict]:
@@ -60,22 +70,9 @@ def run_case(
             if threads and limited_by == "flops":
                 for p in (p for p in fit if p.kind == "ours" and "ms" in results[p.name]):
                     results[p.name] |= measure_threads(calls[p.name], p, effort)
+            row = {"stem": stem, **_named(bench, case), "gated_at": plan.gated_at, "mode": mode, "work": work._asdict()}
             rows.append(
-                {
-                    "stem": stem,
-                    "op": bench.op,
-                    "case": {k: str(v).removeprefix("torch.") if k == "dtype" else v for k, v in case.items()},
-                    "variant": bench.variant,
-                    "grows": bench.grows,
-                    "label": f"{describe_case(case)} {bench.variant}".strip(),
-                    "gated_at": plan.gated_at,
-                    "mode": mode,
-                    "work": work._asdict(),
-                    "limited_by": limited_by,
-                    "bound_ms": limit * 1e3,
-                    "best_peer": best,
-                    "providers": results,
-                }
+                {**row, "limited_by": limited_by, "bound_ms": limit * 1e3, "best_peer": best, "providers": results}
             )
             del calls
     return rows
