@@ -6,7 +6,7 @@ GPU_PY ?= $(or $(wildcard $(PY)),python3)
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(NATIVE) $(wildcard tests/emulator/*.h tests/emulator/*.cu)
 
-.PHONY: help setup build test lint format triton-check cuda-check gpu-check ner bench wheel clean
+.PHONY: help setup build test lint format triton-check cuda-check gpu-check ner bench report wheel clean
 help:
 	@echo "make setup    .venv with $(TORCH), all extras, the kernels built in place"
 	@echo "make build    the kernels alone, after a change in csrc (ninja, incremental)"
@@ -16,7 +16,8 @@ help:
 	@echo "make triton-check  every Triton kernel compiled for sm_80 and sm_90, a table;  TRITON=3.6.0 in an environment of its own"
 	@echo "make cuda-check    every CUDA kernel compiled for sm_80 and sm_90a, a table;  ARGS='--only attention'"
 	@echo "make ner      the example: fine-tune on named entities;  ARGS='--data DIR'"
-	@echo "make bench    benchmarks.report;  ARGS='--quick'"
+	@echo "make report   benchmarks.report: ours and all peers, tables and pictures;  ARGS='--quick'"
+	@echo "make bench    pytest-benchmark on our kernels, kept in .benchmarks;  ARGS='--benchmark-compare' holds it against the last"
 	@echo "make wheel    dist/*.whl, tested from an empty directory"
 
 setup: .venv/ready build
@@ -54,8 +55,10 @@ build/triton-%/ready: | .venv/ready
 	touch $@
 ner: setup
 	$(PY) -m examples.ner.train $(ARGS)
-bench: setup
+report: setup
 	$(PY) -m benchmarks.report $(ARGS)
+bench: setup
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-autosave -k palm $(ARGS)
 wheel: setup
 	rm -rf dist
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -5,9 +5,18 @@ import torch
 from . import peers
 from .common import FORWARD, Bench, attention_work, cases, randn
 
-DENSE = cases("B T H K D causal", (1, 1024, 16, 1, 64, True), (1, 2048, 16, 1, 128, True), (1, 1024, 8, 1, 256, True))
-DENSE += cases("B T H K D causal", (1, 1024, 16, 1, 64, False), (2, 1000, 32, 8, 80, True), dtypes=[torch.float32])
+FP32 = {"dtypes": [torch.float32]}
+MASK = "B T H K D causal"
+SHAPES = (1, 1024, 16, 1, 64, True), (1, 2048, 16, 1, 128, True), (1, 1024, 8, 1, 256, True)
+DENSE = cases(MASK, *SHAPES, dtypes=[torch.float32, torch.bfloat16, torch.float16])
+DENSE += cases(MASK, (1, 1024, 16, 1, 64, False), (1, 2048, 16, 1, 128, False), **FP32)
+ODD_HEADS = (16, 1, 80), (16, 1, 96), (71, 1, 64), (32, 8, 128)
+ODD = cases(MASK, *((1, 1000, *heads, True) for heads in ODD_HEADS), **FP32)
+LONG = cases(MASK, *((1, 1024 << i, 8, 1, 64, True) for i in range(4)), **FP32)
+CACHES = cases("B S H D", (1, 4096, 16, 256), (1, 4096, 16, 128), (8, 2048, 16, 128))
+LONG_CACHES = cases("B S H D", *((1, 4096 << i, 16, 256) for i in range(3)), **FP32)
 SDPA = {"SDPA": peers.sdpa, "SDPA gqa": peers.sdpa_gqa}
+READ = {"cold": True, "bandwidth": "read"}
 
 
 def attention(B, T, H, K, D, causal, dtype):
@@ -29,21 +38,13 @@ def decode(B, S, H, D, dtype):
     return (q, k, v), {"cache_lengths": lengths}, work
 
 
+PACKED = cases("lengths H D", ((1000, 700, 350, 90), 16, 64), **FP32)
+PADDED = {"palm padded": peers.palm_padded}
 BENCHES = [
     Bench("attention", DENSE, attention, SDPA, quick=2),
-    Bench(
-        "attention_varlen",
-        cases("lengths H D", ((1000, 700, 350, 90), 16, 64), dtypes=[torch.float32]),
-        varlen,
-        {"SDPA padded": peers.sdpa_padded},
-        quick=0,
-    ),
-    Bench(
-        "attention_decode",
-        cases("B S H D", (1, 4096, 16, 256), (1, 4096, 16, 128), (8, 2048, 16, 128)),
-        decode,
-        {**SDPA, "matmul pair": peers.matmul_pair},
-        cold=True,
-        bandwidth="read",
-    ),
+    Bench("attention", ODD, attention, SDPA, quick=0, variant="odd sizes"),
+    Bench("attention", LONG, attention, SDPA, quick=0, gate={"T": 1024}, variant="growth", grows="T"),
+    Bench("attention_varlen", PACKED, varlen, {"SDPA padded": peers.sdpa_padded}, floors=PADDED, quick=0),
+    Bench("attention_decode", CACHES, decode, {**SDPA, "matmul pair": peers.matmul_pair}, **READ),
+    Bench("attention_decode", LONG_CACHES, decode, {**SDPA}, quick=0, variant="growth", grows="S", **READ),
 ]

@@ -1,13 +1,17 @@
 """cross_entropy, bound by memory; linear_cross_entropy, bound by its three GEMMs, which are its floor."""
 
 import torch
-import torch.nn.functional as F
 
 from . import peers
-from .common import BOTH, FORWARD, Bench, Work, cases, eager_and_compiled, memory_work, randn
+from .common import BOTH, FORWARD, Bench, Work, cases, eager_and_compiled, memory_work, products, randn
 
 FP32 = {"dtypes": [torch.float32]}
-LINEAR = cases("N C V ignored", (1024, 512, 32000, 0.0), (1024, 1024, 256000, 0.0), (1024, 512, 32000, 0.85), **FP32)
+SIZES = (1024, 512, 32000, 0.0), (1024, 512, 32000, 0.85), (1024, 1024, 256000, 0.0), (1024, 1024, 256000, 0.85)
+LINEAR = {
+    **eager_and_compiled(peers.linear_then_cross_entropy),
+    "F.linear_cross_entropy": peers.linear_cross_entropy,
+    "F.linear_cross_entropy chunked": peers.linear_cross_entropy_chunked,
+}
 
 
 def targets(N, V, ignored):
@@ -16,7 +20,7 @@ def targets(N, V, ignored):
 
 def cross_entropy(N, V, dtype):
     logits = randn(N, V, dtype=dtype)
-    return (logits, targets(N, V, 0.0)), {}, memory_work(logits.nbytes, 1, 3)
+    return (logits, targets(N, V, 0.0)), {}, memory_work(logits.nbytes, (1, 3), (4 * N * V, 7 * N * V))
 
 
 def linear_cross_entropy(N, C, V, ignored, dtype):
@@ -26,22 +30,17 @@ def linear_cross_entropy(N, C, V, ignored, dtype):
     return (hidden, weight, target), {}, work
 
 
-def gemms(hidden, linear_weight, target):
-    return F.linear(hidden[target != -100], linear_weight)
+def gemms(mode, hidden, weight, target):
+    """Logits of the rows that count; for backward with their shape in the gradient's place, dhidden and dweight."""
+    rows, w = hidden.detach()[target != -100], weight.detach()
+    logits = rows.new_empty(len(rows), len(w))
+    grads = [(logits, w, torch.empty_like(rows)), (logits.T, rows, torch.empty_like(w))] if mode == BOTH else []
+    return products((rows, w.T, logits), *grads)
 
 
+GIVEN_LOGITS = cases("N V", (1024, 32000))
+LINEAR_CASES, FLOORS, SMALL = cases("N C V ignored", *SIZES, **FP32), {"GEMMs": gemms}, {"N": 256, "V": 32000}
 BENCHES = [
-    Bench("cross_entropy", cases("N V", (1024, 32000)), cross_entropy, eager_and_compiled(F.cross_entropy)),
-    Bench(
-        "linear_cross_entropy",
-        LINEAR,
-        linear_cross_entropy,
-        {
-            "F.cross_entropy(F.linear)": peers.linear_then_cross_entropy,
-            "F.linear_cross_entropy": peers.linear_cross_entropy,
-            "F.linear_cross_entropy chunked": peers.linear_cross_entropy_chunked,
-        },
-        floors={"GEMMs": gemms},
-        gate={"N": 256, "V": 32000},
-    ),
+    Bench("cross_entropy", GIVEN_LOGITS, cross_entropy, eager_and_compiled(peers.cross_entropy), given=True),
+    Bench("linear_cross_entropy", LINEAR_CASES, linear_cross_entropy, LINEAR, floors=FLOORS, gate=SMALL),
 ]

@@ -4,7 +4,6 @@ Inputs are those of bench_<stem>.py. Gates run on fewer rows, heads or batch ent
 """
 
 import torch
-import torch.nn.functional as F
 
 from . import (
     bench_attention,
@@ -77,7 +76,7 @@ BENCHES = {  # stem: benches
             "cross_entropy",
             cases("N V", (16384, 32000), (4096, 256000), **BF16),
             bench_cross_entropy.cross_entropy,
-            _others("cross_entropy", F.cross_entropy),
+            _others("cross_entropy", peers.cross_entropy),
             gate={"N": 256},
         ),
     ],
@@ -87,7 +86,7 @@ BENCHES = {  # stem: benches
             cases("B T C D", (8, 2048, 4096, 256), **BF16),
             bench_parallel_block.block,
             BLOCK,
-            floors={"GEMMs": bench_parallel_block.gemms},
+            floors={"GEMMs": bench_parallel_block.gemms, "attention": bench_parallel_block.attention},
             gate={"B": 1, "T": 256},
         ),
     ],

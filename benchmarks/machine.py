@@ -144,12 +144,17 @@ def measure_peaks(device: str, size: int = 2048, megabytes: int = 256, repeats: 
     return peaks
 
 
+def arithmetic(peaks: dict, kind: str) -> float:
+    """GFLOP/s of the fastest way to "fp32" or "bf16" products: a unit's or torch's GEMM."""
+    return max(value or 0.0 for name, value in peaks.items() if name.endswith(f"_{kind}"))
+
+
 def bound(peaks: dict, flops: float, moved: float, dtype: torch.dtype, bandwidth: str) -> tuple[float, str]:
     """Seconds that the peaks allow for this work, and what limits it: "flops" or "bytes"."""
-    units = ["fma_fp32", "gemm_fp32"] + (["dot_bf16", "tile_bf16", "gemm_bf16"] if dtype == torch.bfloat16 else [])
-    arithmetic = flops / 1e9 / max(peaks.get(u) or 0.0 for u in units)
-    memory = moved / 1e9 / peaks[bandwidth]
-    return max((arithmetic, "flops"), (memory, "bytes"))
+    kinds = ("fp32", "bf16") if dtype == torch.bfloat16 else ("fp32",)
+    calculating = flops / 1e9 / max(arithmetic(peaks, kind) for kind in kinds)
+    moving = moved / 1e9 / peaks[bandwidth]
+    return max((calculating, "flops"), (moving, "bytes"))
 
 
 def release() -> None:
@@ -159,8 +164,23 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def training_memory(forward, leaves) -> dict[str, float]:
+def saved_memory(forward, inputs) -> float:
+    """MiB that forward leaves for backward beside its inputs and outputs: the storages that its graph holds."""
+    held = {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outs = forward()
+    known = {t.untyped_storage().data_ptr() for t in (*inputs, *(outs if isinstance(outs, tuple) else (outs,)))}
+    return sum(size for at, size in held.items() if at not in known) / 2**20
+
+
+def training_memory(forward, inputs) -> dict[str, float]:
     """On a GPU, MiB that forward leaves for backward beside its outputs, and that backward holds at its height, gradients included."""
+    leaves = [t for t in inputs if t.requires_grad]
     gc.collect()
     before = torch.cuda.memory_allocated()
     outs = forward()
@@ -176,12 +196,13 @@ def _status_mb(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_memory(call, device: str) -> float | None:
+def peak_memory(call, device: str, collect: bool = True) -> float | None:
     """MiB that one call held at its height beyond what was there before: outputs, gradients, saved tensors, C++ scratch.
 
     On the CPU by the kernel's high-water mark of resident memory, after the allocator gave back what it kept; None without it.
     """
-    gc.collect()
+    if collect:  # takes a tenth of a second
+        gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,8 +1,12 @@
-"""What others offer for our ops, in our layouts and signatures; each bench file lists the ones it runs."""
+"""What others offer for our ops, in our layouts and signatures, and floors; each bench file lists the ones it runs."""
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+
+import palm_kernels as pk
+
+from .common import in_mode
 
 
 def sdpa(q, k, v, *, causal=False, gqa=False, cache_lengths=None):
@@ -23,6 +27,13 @@ def sdpa_padded(q, k, v, cu_seqlens, _, *, causal):
     lengths = cu_seqlens.diff().tolist()
     out = sdpa(*(pad_sequence(x.split(lengths), batch_first=True) for x in (q, k, v)), causal=causal)
     return torch.cat([x[:n] for x, n in zip(out, lengths, strict=True)])
+
+
+def palm_padded(mode, q, k, v, cu_seqlens, _, *, causal):
+    """Floor: our attention on the padded batch, whose padding is not timed."""
+    lengths = cu_seqlens.diff().tolist()
+    batch = [pad_sequence(x.detach().split(lengths), batch_first=True).requires_grad_() for x in (q, k, v)]
+    return in_mode(mode, lambda: pk.attention(*batch, causal=causal), batch)
 
 
 def matmul_pair(q, k, v, *, cache_lengths):
@@ -60,6 +71,11 @@ def mixed_embedding(ids, weight, strength, *, mask_embedding):
     """Two gathers' worth of torch: look up, then mix with the mask embedding."""
     a = strength[..., None].to(weight.dtype)
     return (1 - a) * F.embedding(ids, weight) + a * mask_embedding
+
+
+def cross_entropy(logits, target):
+    """In float32, as transformers has it: torch rounds the loss of 16-bit logits to 16 bits, which is over the error budget."""
+    return F.cross_entropy(logits.float(), target)
 
 
 def linear_then_cross_entropy(hidden, linear_weight, target):

@@ -1,11 +1,12 @@
-"""`python -m benchmarks.report`: runs the benchmarks, prints one table, writes JSON, Markdown and a picture to results/<machine>/.
+"""`python -m benchmarks.report`: runs the benchmarks, prints tables, writes JSON, Markdown and pictures to results/<machine>/.
 
-Ratios are the best peer's median time over ours, so more than 1 means that we are faster. Exit status 1 if a provider was
-wrong or failed (on a GPU: one of ours; what others cannot do there is listed). Files are written again after every case, so
+Ratios are the best peer's median time over ours, so more than 1 means that we are faster. Exit status 1 if one of
+ours was wrong or failed; what others cannot do is listed. Files are written again after every case, so
 that a run that is cut off leaves what it had.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import importlib
@@ -22,26 +23,15 @@ import torch
 
 import palm_kernels as pk
 
-from . import plot, targets
-from .common import (
-    BOTH,
-    FULL,
-    GPU_FULL,
-    GPU_QUICK,
-    QUICK,
-    Bench,
-    brief,
-    describe_case,
-    gate,
-    inputs,
-    measure,
-    prepare,
-    providers_of,
-)
-from .machine import bound, describe, measure_peaks, release, require_gpu, training_memory
-from .tables import complaints, details, markdown_table, number, summary, text_table, write
+from . import cpu_targets, gpu_targets, plot, targets
+from .common import Bench, brief, describe_case
+from .machine import describe, measure_peaks, release, require_gpu
+from .rows import run_case
+from .tables import complaints, details, growth, markdown_table, number, summary, text_table, threads, write
+from .timing import FULL, GPU_FULL, GPU_QUICK, QUICK
 
 HERE = Path(__file__).parent
+PEERS = {"cpu": ("transformers", "PaLM-pytorch"), "cuda": ("triton", "flash-attn", "liger-kernel")}  # packages to name
 STEMS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
@@ -68,60 +58,12 @@ def progress(items):
     return tqdm(items, file=sys.stderr, disable=None, unit="case")
 
 
-def judge(results: dict[str, dict], limit: float, amount: float) -> str | None:
-    """Adds to what was measured its rate, its share of the bound and, for ours, the ratio to the best peer, which it names."""
-    measured = {name: r for name, r in results.items() if "ms" in r}
-    peers = [name for name, r in measured.items() if r["kind"] == "peer"]
-    best = min(peers, key=lambda name: measured[name]["ms"], default=None)
-    for r in measured.values():
-        r |= {"giga_per_second": amount / r["ms"] / 1e6, "of_bound": limit * 1e3 / r["ms"]}
-        if best and r["kind"] == "ours":
-            r["ratio"] = measured[best]["ms"] / r["ms"]
-    return best
-
-
-def run_case(stem: str, bench: Bench, case: dict, device: str, effort, seed: int, peaks: dict) -> list[dict]:
-    """One row a mode: the gate, then the measurements of every provider that passed it."""
-    torch.compiler.reset()  # a compiled peer falls back to eager at its eighth shape
-    torch.manual_seed(seed)
-    rows = []
-    with torch.device(device):
-        providers = providers_of(bench, device)
-        verdicts = gate(bench, case, providers)
-        fit = [p for p in providers if verdicts[p.name]["status"] == "ok"]
-        sets, works = inputs(bench, case)
-        for mode, work in works.items():
-            measured = measure(prepare(sets, fit, mode), fit, device, effort)
-            if device == "cuda" and mode == BOTH:
-                _add_training_memory(measured, fit, *sets[0])
-            results = {p.name: {"kind": p.kind, **verdicts[p.name], **measured.get(p.name, {})} for p in providers}
-            limit, limited_by = bound(peaks, *work, case["dtype"], bench.bandwidth)
-            best = judge(results, limit, {"flops": work.flops, "bytes": work.bytes}[limited_by])
-            rows.append(
-                {
-                    "stem": stem,
-                    "op": bench.op,
-                    "case": {k: str(v).removeprefix("torch.") if k == "dtype" else v for k, v in case.items()},
-                    "label": f"{describe_case(case)} {bench.variant}".strip(),
-                    "gated_at": describe_case({**case, **bench.gate}),
-                    "mode": mode,
-                    "work": work._asdict(),
-                    "limited_by": limited_by,
-                    "bound_ms": limit * 1e3,
-                    "best_peer": best,
-                    "providers": results,
-                }
-            )
-    return rows
-
-
-def _add_training_memory(measured: dict, providers, args, kwargs) -> None:
-    """saved_mib and backward_mib of every provider that was measured."""
-    leaves = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
-    for p in providers:
-        if "ms" in measured.get(p.name, {}):
-            with pk.backend(p.backend):
-                measured[p.name] |= training_memory(functools.partial(p.call, *args, **kwargs), leaves)
+def sections(report: dict) -> list[tuple[str, list[list[str]]]]:
+    """The tables beside the summary that have lines."""
+    rows = report["rows"]
+    wanted = [t for t in report["targets"] if t["reached"] is not None or not report["partial"]]
+    found = [("Targets", targets.lines(wanted)), ("Growth", growth(rows)), ("Threads", threads(rows))]
+    return [(title, lines) for title, lines in found if len(lines) > 1]
 
 
 def markdown(report: dict) -> str:
@@ -134,9 +76,10 @@ def markdown(report: dict) -> str:
         "; ".join(facts),
         "Peaks measured in this run, GFLOP/s and GB/s: " + ", ".join(f"{k} {v}" for k, v in peaks.items()),
         "`of bound`: the time that these peaks allow for the flops and the bytes of the case, over the median. "
-        "`ratio`: best peer's median over ours. MiB: peak memory of one call beyond its inputs.",
-        *(["## Targets", markdown_table(targets.lines(report["rows"]))] if report["device"] == "cuda" else []),
+        "`over floors`: ours over the parts that bound it. `ratio`: best peer's median over ours. "
+        "MiB: peak memory of one call beyond its inputs.",
         markdown_table(summary(report["rows"])),
+        *(f"## {title}\n\n{markdown_table(lines)}" for title, lines in sections(report)),
         "## All providers",
         markdown_table(details(report["rows"])),
         *(["## Not measured", "\n".join(f"- {c}" for c in report["not_measured"])] if report["not_measured"] else []),
@@ -146,12 +89,9 @@ def markdown(report: dict) -> str:
 
 def _versions(device: str) -> dict:
     versions = {"palm_kernels": pk.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    if device == "cuda":
-        for package in ("triton", "flash-attn", "liger-kernel"):
-            try:
-                versions[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
+    for package in PEERS[device]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return versions
 
 
@@ -169,6 +109,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=STEMS, metavar="STEM", help=f"of {', '.join(STEMS)}")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--scaling",
+        action=argparse.BooleanOptionalAction,
+        help="ours on one thread and on all, for what arithmetic bounds (CPU; default: without --quick)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="begin no case after this time")
     parser.add_argument(
@@ -181,6 +126,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         require_gpu("benchmarks.report --device cuda")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads {options.threads}: need 1 or more")
+    if options.scaling is None:
+        options.scaling = not options.quick
+    options.scaling = options.scaling and options.device == "cpu" and (options.threads or torch.get_num_threads()) > 1
     return options
 
 
@@ -191,6 +139,8 @@ def _folder(results: Path | None, machine: str) -> Path:
 
 
 def _save(report: dict, folder: Path, name: str) -> None:
+    wanted = gpu_targets.TARGETS if report["device"] == "cuda" else cpu_targets.for_machine(report["peaks"])
+    report["targets"] = targets.results(wanted, report["rows"])
     write(folder / f"{name}.json", json.dumps(report, indent=1) + "\n")
     write(folder / f"{name}.md", markdown(report))
 
@@ -207,7 +157,9 @@ def measure_all(report: dict, options: argparse.Namespace, save) -> None:
         if options.device == "cuda":
             print(f"{time.monotonic() - start:5.0f} s  {name}", file=sys.stderr, flush=True)
         try:
-            report["rows"] += run_case(stem, bench, case, options.device, effort, options.seed, report["peaks"])
+            report["rows"] += run_case(
+                stem, bench, case, options.device, effort, options.seed, report["peaks"], options.scaling
+            )
         except Exception as error:
             if options.device == "cpu":
                 raise
@@ -221,13 +173,11 @@ def measure_all(report: dict, options: argparse.Namespace, save) -> None:
 
 
 def failed(report: dict) -> bool:
-    """Whether a provider was wrong or raised; on a GPU one of ours, or nothing was measured."""
-    found = [r for row in report["rows"] for r in row["providers"].values()]
-    if report["device"] == "cuda":
-        found = [r for r in found if r["kind"] == "ours"]
-        if not any("ms" in r for r in found) or any(s.startswith("broke off") for s in report["not_measured"]):
-            return True
-    return any(r["status"] in ("wrong", "failed") for r in found)
+    """Whether one of ours was wrong or raised, a case broke off, or nothing was measured. What others cannot do is listed."""
+    ours = [r for row in report["rows"] for r in row["providers"].values() if r["kind"] == "ours"]
+    if not any("ms" in r for r in ours) or any(s.startswith("broke off") for s in report["not_measured"]):
+        return True
+    return any(r["status"] in ("wrong", "failed") for r in ours)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,20 +190,24 @@ def main(argv: list[str] | None = None) -> int:
         "command": " ".join(["python -m benchmarks.report", *(sys.argv[1:] if argv is None else argv)]),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "partial": options.device == "cpu" and bool(options.quick or options.only),
         "seed": options.seed,
         "versions": _versions(options.device),
         "peaks": measure_peaks(options.device),
         "rows": [],
+        "targets": [],
         "not_measured": [],
     }
     name = "-".join(["quick" if options.quick else "full", *(options.only or [])])
     folder = _folder(options.results, report["machine"]["name"])
     measure_all(report, options, functools.partial(_save, report, folder, name))
     print(text_table(summary(report["rows"])))
-    if options.device == "cuda":
-        print("\n" + text_table(targets.lines(report["rows"])))
-        print("\n" + plot.bar_chart(report["rows"], f"{report['machine']['name']}, {name}", folder / f"{name}.png"))
-    print(f"\nwritten: {folder / name}.md and .json")
+    for title, lines in sections(report):
+        print(f"\n{title}\n{text_table(lines)}")
+    print()
+    for line in plot.pictures(report["rows"], report["peaks"], f"{report['machine']['name']}, {name}", folder / name):
+        print(line)
+    print(f"written: {folder / name}.md and .json")
     for line in report["not_measured"]:
         print(line, file=sys.stderr)
     return int(failed(report))

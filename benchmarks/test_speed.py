@@ -1,4 +1,4 @@
-"""The --quick cases under pytest-benchmark, for its comparisons of runs: `pytest benchmarks --benchmark-only`. CPU."""
+"""The --quick cases under pytest-benchmark, for its comparisons of runs: `make bench`. CPU."""
 
 import functools
 
@@ -7,39 +7,37 @@ import torch
 
 import palm_kernels as pk
 
-from .common import BOTH, FORWARD, describe_case, gate, inputs, prepare, providers_of
+from .common import BOTH, FORWARD, Plan, Provider, describe_case, providers_of
 from .report import STEMS, chosen
+from .timing import plan_of
 
 CASES = [(bench, case) for _, bench, case in chosen(STEMS, quick=True)]
 PARAMETERS = [
-    pytest.param(i, mode, p.name, id=f"{bench.op}-{describe_case(case).replace(' ', '-')}-{mode}-{p.name}")
+    pytest.param(i, p, mode, id=f"{bench.op}-{describe_case(case).replace(' ', '-')}-{mode}-{p.name}")
     for i, (bench, case) in enumerate(CASES)
-    for mode in (FORWARD, BOTH)
     for p in providers_of(bench, "cpu")
+    for mode in (FORWARD, BOTH)
 ]
 
 
 @functools.lru_cache(maxsize=1)
-def ready(index: int):
-    """(providers, the gate's verdicts, inputs, work) of one case."""
+def ready(index: int, provider: Provider) -> Plan:
+    """One case for one provider, so that nobody waits for the gate of those that were not asked for."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    bench, case = CASES[index]
-    providers = {p.name: p for p in providers_of(bench, "cpu")}
-    return providers, gate(bench, case, list(providers.values())), *inputs(bench, case)
+    return plan_of(*CASES[index], [provider])
 
 
-@pytest.mark.parametrize(("index", "mode", "name"), PARAMETERS)
-def test_speed(benchmark, index, mode, name):
-    providers, verdicts, sets, works = ready(index)
-    if mode not in works or verdicts[name]["status"] == "absent":
-        pytest.skip(verdicts[name]["reason"] or f"there is no {mode}")
-    if verdicts[name]["status"] != "ok":
-        pytest.fail(f"{verdicts[name]['status']}: {verdicts[name]['reason']}")
-    bench, case = CASES[index]
+@pytest.mark.parametrize(("index", "provider", "mode"), PARAMETERS)
+def test_speed(benchmark, index, provider, mode):
+    plan, (bench, case) = ready(index, provider), CASES[index]
+    verdict = plan.verdicts[provider.name]
+    if mode not in plan.modes or verdict["status"] == "absent":
+        pytest.skip(verdict["reason"] or f"there is no {mode}")
+    if verdict["status"] != "ok":
+        pytest.fail(f"{verdict['status']}: {verdict['reason']}")
     benchmark.group = f"{bench.op} {describe_case(case)} {mode}"
-    provider = providers[name]
-    call = prepare(sets, [provider], mode)[name]
+    call = plan.modes[mode][0]()[provider.name]
     with pk.backend(provider.backend):
         call()
         benchmark(call)

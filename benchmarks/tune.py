@@ -24,7 +24,8 @@ import torch
 
 import palm_kernels as pk
 
-from .common import brief, check_op, randn
+from .common import brief, randn
+from .gate import check_op
 from .machine import gpu_clock, require_gpu
 
 FIELDS = (

@@ -3,7 +3,8 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from .data import entities
@@ -90,6 +91,13 @@ def confusion(gold: Iterable[list[str]], found: Iterable[list[str]], types: list
     return counts
 
 
+def replaced(path: Path, write: Callable[[Path], object]) -> Path:
+    """path, written by write(file beside it) and renamed: a reader sees the old file or the new one."""
+    beside = path.with_name(f"{path.stem}.partial{path.suffix}")
+    write(beside)
+    return beside.replace(path)
+
+
 def pictures(folder: Path, history: list[dict[str, float]], counts: list[list[int]], types: list[str]) -> list[Path]:
     """learning_curve.png and confusion_matrix.png; an empty list where matplotlib is not installed."""
     try:
@@ -108,8 +116,7 @@ def pictures(folder: Path, history: list[dict[str, float]], counts: list[list[in
     right.plot(epochs, [row["dev_f1"] for row in history], color="tab:blue", marker=".", label="dev F1")
     right.set(ylabel="dev entity F1", ylim=(0, 1))
     figure.legend(loc="outside upper center", ncols=2)
-    curve = folder / "learning_curve.png"
-    figure.savefig(curve, dpi=120)
+    curve = replaced(folder / "learning_curve.png", partial(figure.savefig, dpi=120))
 
     names, size = ["O", *types], len(types) + 1
     figure, axes = plt.subplots(figsize=(1.8 + 0.7 * size, 1.4 + 0.7 * size), layout="constrained")
@@ -121,7 +128,6 @@ def pictures(folder: Path, history: list[dict[str, float]], counts: list[list[in
     axes.set_xticks(range(size), names, rotation=45)
     axes.set_yticks(range(size), names)
     axes.set(xlabel="found", ylabel="expected", title="words by type (colour: share of the row)")
-    matrix = folder / "confusion_matrix.png"
-    figure.savefig(matrix, dpi=120)
+    matrix = replaced(folder / "confusion_matrix.png", partial(figure.savefig, dpi=120))
     plt.close("all")
     return [curve, matrix]

@@ -229,10 +229,8 @@ def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, flo
     print(report.examples(corpus.test, found, corpus.types))
     counts = report.confusion(gold, found, corpus.types)
     metrics = {"test": result, "history": history, "types": corpus.types, "confusion": counts, "arguments": vars(args)}
-    partial = out / "metrics.json.partial"
-    partial.write_text(json.dumps(metrics, indent=1))
-    partial.replace(out / "metrics.json")
-    files = [out / "model", out / "metrics.json", *report.pictures(out, history, counts, corpus.types)]
+    written = report.replaced(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
+    files = [out / "model", written, *report.pictures(out, history, counts, corpus.types)]
     print("\nwritten: " + ", ".join(map(str, files)))
     print(
         f'tag a text: python -m examples.ner.predict --model {out / "model"} "Ada Lovelace met Charles Babbage in London."'
