@@ -168,11 +168,12 @@ inline int64_t bad_offsets(const Attention& p) {
 // ---- backward's chunks ----
 
 // Query rows are dealt to chunks, each with its own dK and dV, which are added in fixed order at the end. The
-// number of chunks comes from shapes alone, so the bits do not depend on the number of threads.
+// number of chunks comes from shapes alone, so the bits do not depend on the number of threads, and not from
+// T, so that memory grows as T: enough for 32 tasks, while the chunks take no more memory than q.
 inline int64_t chunk_count(const Attention& p, int64_t tiles) {
-  const int64_t rows = p.cu_q ? p.q_rows * p.H : p.B * p.T * p.H;
-  const int64_t wanted = most(4, least(16, rows / 4096)), pairs = most(1, p.B * p.K);
-  return most(1, least((wanted + pairs - 1) / pairs, tiles));
+  const int64_t pairs = most(1, p.B * p.K);
+  const int64_t room = most(4, least(8, p.H / p.K / 2));
+  return most(1, least(least((31 + pairs) / pairs, room), tiles));
 }
 
 // The j-th tile of a chunk, to and fro, so that a causal mask loads the chunks alike; beyond the last tile:
