@@ -21,7 +21,8 @@ ROOT = pathlib.Path(__file__).parent.resolve()
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: see DESIGN in CONTRIBUTING.md
 ARCHITECTURES = "8.0+PTX;9.0a"  # 9.0a: wgmma and TMA; the PTX serves chips that are newer than both
 NVCC_FLAGS = "-std=c++17 -O3"
-STEMS = ("attention", "attention_decode", "cross_entropy", "norm", "peak", "rotary", "soft_weak_embedding", "swiglu")
+STEMS = ("attention", "attention_decode", "cross_entropy", "decode_linear", "norm", "peak", "rotary")
+STEMS += ("soft_weak_embedding", "swiglu")
 X86 = {  # instruction set: vector bytes, flags
     "v2": (16, "-march=x86-64-v2"),
     "v3": (32, "-march=x86-64-v3"),

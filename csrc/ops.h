@@ -143,6 +143,17 @@ struct Swiglu {
   Matrix dout, dgate, dup;
 };
 
+// out = x weight^T + bias + residual with weight [F, C], bias [F] of dtype; weight_dtype is dtype, or 16 bits
+// beside f32.
+struct Linear {
+  Dtype dtype, weight_dtype;
+  Rows rows;
+  int64_t C, F;
+  Matrix x, residual, out;
+  const void *weight, *bias;
+  int64_t weight_stride;
+};
+
 // Where a CUDA launcher works. allocate gives scratch that is safe to free once the launcher has returned
 // (freed memory is reused in stream order).
 struct Queue {
@@ -174,8 +185,9 @@ struct Queue {
   X(swiglu_fwd, Swiglu)                         \
   X(swiglu_bwd, Swiglu)
 
-#define PALM_CPU_OPS(X) \
-  PALM_OPS(X)           \
+#define PALM_CPU_OPS(X)    \
+  PALM_OPS(X)              \
+  X(decode_linear, Linear) \
   X(peak, Peak)
 
 // The launchers that instruction sets with fast products of bf16 pairs have of their own.

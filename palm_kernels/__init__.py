@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 from .dispatch import backend, info
 from .ops.attention import attention, attention_decode, attention_varlen, merge_attention
 from .ops.cross_entropy import cross_entropy, linear_cross_entropy
+from .ops.decode_linear import decode_linear
 from .ops.norm import layer_norm, rms_norm
 from .ops.parallel_block import parallel_block
 from .ops.rotary import rotary, rotary_tables
@@ -24,6 +25,7 @@ __all__ = [
     "attention_varlen",
     "backend",
     "cross_entropy",
+    "decode_linear",
     "info",
     "layer_norm",
     "linear_cross_entropy",

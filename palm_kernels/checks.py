@@ -7,23 +7,32 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
 
 
+def _first(tensors: dict) -> tuple[str, Tensor]:
+    for name, t in tensors.items():
+        if t is not None:
+            return name, t
+    raise AssertionError("no tensor given")
+
+
 def check_floats(op: str, **tensors: Tensor | None) -> None:
     """All floating tensors given share one dtype (TypeError) and one device (ValueError)."""
-    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    first_name, first = _first(tensors)
     if first.dtype not in FLOATS:
         raise TypeError(f"{op}: {first_name} is {first.dtype}, need float32, bfloat16, float16 or float64")
     for name, t in tensors.items():
         if t is not None and t.dtype != first.dtype:
             raise TypeError(f"{op}: {name} is {t.dtype}, {first_name} is {first.dtype}: they must be the same")
-    check_device(op, **tensors)
+    if len(tensors) > 1:
+        check_device(op, **tensors)
 
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
     """All tensors given are on one device."""
-    first_name, first = next((n, t) for n, t in tensors.items() if t is not None)
+    first_name, first = _first(tensors)
+    device = first.device
     for name, t in tensors.items():
-        if t is not None and t.device != first.device:
-            raise ValueError(f"{op}: {name} is on {t.device}, {first_name} on {first.device}: move one of them")
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: {name} is on {t.device}, {first_name} on {device}: move one of them")
 
 
 def check_shape(op: str, name: str, t: Tensor, shape: tuple, meaning: str) -> None:
@@ -64,7 +73,8 @@ def check_gain(op: str, name: str, t: Tensor, beside: Tensor) -> None:
 
 def autocast(*tensors: Tensor | None) -> tuple:
     """The tensors in the autocast dtype where autocast is on (float64 is never cast)."""
-    device = next(t.device.type for t in tensors if t is not None)
+    first = tensors[0]
+    device = (first if first is not None else next(t for t in tensors if t is not None)).device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

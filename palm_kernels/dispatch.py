@@ -33,6 +33,7 @@ KERNELS = {  # public op: (stem, backend function) pairs that serve it
     ),
     "swiglu": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
     "swiglu_packed": (("swiglu", "swiglu_fwd"), ("swiglu", "swiglu_bwd")),
+    "decode_linear": (("decode_linear", "decode_linear"),),
 }
 KERNELS["parallel_block"] = tuple(
     k for op in ("attention", "rotary", "rms_norm", "layer_norm", "swiglu") for k in KERNELS[op]
@@ -104,7 +105,8 @@ def _function(backend: str, stem: str, name: str):
     if backend in _load_errors:
         return None
     if backend == "triton":
-        return getattr(importlib.import_module(f"palm_kernels._triton.{stem}"), name, None)
+        module = f"palm_kernels._triton.{stem}"
+        return importlib.util.find_spec(module) and getattr(importlib.import_module(module), name, None)
     packet = getattr(getattr(torch.ops, f"palm_kernels_{backend}"), name, None)
     return packet and packet.default
 
@@ -133,7 +135,7 @@ def _with_tf32(function):
 
 
 @functools.cache
-def _select(stem: str, name: str, device: str, dtype: torch.dtype, forced: str):
+def _find(stem: str, name: str, device: str, dtype: torch.dtype, forced: str):
     for choice in ORDER.get(device, ()) if forced == "auto" else (forced,):
         served = choice in ORDER.get(device, ()) or simulated(choice)
         function = _function(choice, stem, name) if served else None
@@ -141,23 +143,34 @@ def _select(stem: str, name: str, device: str, dtype: torch.dtype, forced: str):
             if choice == "cuda":
                 return _with_tf32(function)
             return _on_its_device(function) if choice == "triton" and device == "cuda" else function
-    asked = "" if forced == "auto" else f" by backend {forced!r}"
-    reasons = "; ".join(_load_errors.get(b, "") for b in ORDER.get(device, ()) if b in _load_errors)
+    return None
+
+
+def served(stem: str, name: str, x: Tensor) -> bool:
+    """Whether some backend serves such tensors (never the reference)."""
+    return _find(stem, name, x.device.type, x.dtype, _forced) is not None
+
+
+def select(stem: str, name: str, device: torch.device, dtype: torch.dtype):
+    """The backend function that serves this call, or NotImplementedError with the way out."""
+    if function := _find(stem, name, device.type, dtype, _forced):
+        return function
+    asked = "" if _forced == "auto" else f" by backend {_forced!r}"
+    reasons = "; ".join(_load_errors.get(b, "") for b in ORDER.get(device.type, ()) if b in _load_errors)
     raise NotImplementedError(
-        f"{name.removesuffix('_fwd').removesuffix('_bwd')}: not served{asked} for {dtype} on {device}"
+        f"{name.removesuffix('_fwd').removesuffix('_bwd')}: not served{asked} for {dtype} on {device.type}"
         + (f" ({reasons})" if reasons else "")
         + f"; build the kernels with `{BUILD}`, or use `with palm_kernels.backend('reference'):`"
     )
 
 
-def select(stem: str, name: str, device: torch.device, dtype: torch.dtype):
-    """The backend function that serves this call, or NotImplementedError with the way out."""
-    return _select(stem, name, device.type, dtype, _forced)
-
-
 def last_contiguous(x: Tensor) -> Tensor:
     """x, copied only if its last dimension is strided; every other stride is the kernels' to honour."""
-    return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _is_floating(a) -> bool:
+    return isinstance(a, Tensor) and a.is_floating_point()
 
 
 def define(stem: str, schema: str, allocate, *, kernel=None, spread=None, check=None, body=None):
@@ -172,12 +185,18 @@ def define(stem: str, schema: str, allocate, *, kernel=None, spread=None, check=
     kernel = kernel or name
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+    op = getattr(torch.ops.palm_kernels, name).default
+    places = [i for i, a in enumerate(op._schema.arguments) if "Tensor" in str(a.type)]
+
     def run(*args):
-        args = tuple(last_contiguous(a) if isinstance(a, Tensor) else a for a in args)
+        for i in places:
+            a = args[i]
+            if a is not None and not a.is_contiguous() and (b := last_contiguous(a)) is not a:
+                args = (*args[:i], b, *args[i + 1 :])
         outs = allocate(*args)
         out_args = outs if isinstance(outs, tuple) else (outs,)
         passed = spread(*args, *out_args) if spread else (*args, *out_args)
-        first = next(a for a in passed if isinstance(a, Tensor) and a.is_floating_point())
+        first = passed[0] if passed[0].is_floating_point() else next(filter(_is_floating, passed))
         bad = select(stem, kernel, first.device, first.dtype)(*passed)
         if check is not None and bad is not None and bad >= 0:
             check(bad, *args)
@@ -185,7 +204,7 @@ def define(stem: str, schema: str, allocate, *, kernel=None, spread=None, check=
 
     torch.library.register_fake(f"palm_kernels::{name}", allocate, lib=_library)
     _library.impl(name, body or run, "CompositeExplicitAutograd")
-    return getattr(torch.ops.palm_kernels, name).default
+    return op
 
 
 class _FlopFormulas(importlib.abc.MetaPathFinder):

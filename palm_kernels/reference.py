@@ -143,6 +143,11 @@ def attention_decode(q, k_cache, v_cache, *, cache_lengths, scale=None, key_bias
     return (out, lse) if return_lse else out
 
 
+def decode_linear(x, weight, *, bias=None):
+    """x weight^T + bias."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def swiglu(gate, up):
     """silu(gate) * up (Shazeer 2020, equation 5; PaLM section 2)."""
     return F.silu(gate) * up

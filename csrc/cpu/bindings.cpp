@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <string>
 #if defined(__x86_64__)
@@ -165,10 +166,102 @@ class On {
 
 #include "../bindings.h"
 
+// ---- what the CPU alone has, for a few rows ----
+namespace palm::cpu {
+
+using bindings::OptionalTensor;
+using torch::stable::Tensor;
+
+static void linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& residual, const Tensor& out) {
+  Linear p{};
+  p.dtype = bindings::dtype_of(x);
+  p.weight_dtype = bindings::dtype_of(weight);
+  p.C = x.size(-1);
+  p.F = weight.size(0);
+  const bool half = p.weight_dtype == Dtype::bf16 || p.weight_dtype == Dtype::f16;
+  STD_TORCH_CHECK((p.weight_dtype == p.dtype || (half && p.dtype == Dtype::f32)) &&
+                      bindings::dtype_of(out) == p.dtype && weight.size(1) == p.C && out.size(-1) == p.F,
+                  "decode_linear: bad dtypes or shapes");
+  p.rows = bindings::rows_of({{x, p.x}, {residual ? *residual : out, p.residual}, {out, p.out}});
+  if (!residual) p.residual.data = nullptr;
+  p.weight = bindings::pointer(weight);
+  p.weight_stride = weight.stride(0);
+  p.bias = bindings::pointer(bias);
+  kernels().decode_linear(p);
+}
+static void decode_linear(Tensor x, Tensor weight, OptionalTensor bias, Tensor out) {
+  linear(x, weight, bias, {}, out);
+}
+
+// PaLM's block up to the keys and values that a cache takes, and from there on: one call each, because at a
+// few rows the calls themselves are what costs.
+static int64_t block_inputs(Tensor x, OptionalTensor norm_weight, Tensor w_in, Tensor cos, Tensor sin,
+                            OptionalTensor positions, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                            std::string norm, double eps, double norm_offset, bool interleaved,
+                            Tensor fused) {
+  const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
+  STD_TORCH_CHECK(w_in.size(1) == C && w_in.size(0) >= (heads + 2 * kv_heads) * head_dim,
+                  "parallel_block: x has ", C, " columns, in_proj is [", w_in.size(0), ", ", w_in.size(1),
+                  "]");
+  STD_TORCH_CHECK(!norm_weight || norm_weight->numel() == C, "parallel_block: norm_weight is not [", C, "]");
+  STD_TORCH_CHECK(
+      !positions || (positions->size(-1) == T && positions->numel() == (positions->dim() == 2 ? B : 1) * T),
+      "parallel_block: positions are not [", T, "] or [", B, ", ", T, "]");
+  const Tensor normed = torch::stable::empty_like(x);
+  if (norm == "rms_norm")
+    bindings::rms_norm_fwd(x, {}, norm_weight, eps, norm_offset, normed, {}, {});
+  else
+    bindings::layer_norm_fwd(x, {}, norm_weight, {}, eps, norm_offset, normed, {}, {}, {});
+  linear(normed, w_in, {}, {}, fused);
+  Tensor rotated = fused;
+  rotated = torch::stable::narrow(rotated, 2, 0, (heads + kv_heads) * head_dim);
+  rotated = torch::stable::view(rotated, {B, T, heads + kv_heads, head_dim});
+  return bindings::rotary(rotated, cos, sin, positions, interleaved, false, rotated);
+}
+static int64_t block_output(Tensor x, Tensor fused, Tensor k, Tensor v, Tensor cache_lengths,
+                            OptionalTensor key_bias, int64_t heads, int64_t left, int64_t right, Tensor w_out,
+                            Tensor out) {
+  const int64_t B = x.size(0), T = x.size(1), S = k.size(1), K = k.size(2), D = k.size(3);
+  const int64_t width = heads * D, F = w_out.size(1) - width, behind = width + 2 * K * D;
+  STD_TORCH_CHECK(F >= 0 && fused.size(2) == behind + 2 * F, "parallel_block: out_proj is [", w_out.size(0),
+                  ", ", w_out.size(1), "], in_proj has ", fused.size(2), " rows");
+  STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && v.size(1) == S && v.size(2) == K && v.size(3) == D &&
+                      cache_lengths.numel() == B && bindings::dtype_of(k) == bindings::dtype_of(x) &&
+                      bindings::dtype_of(v) == bindings::dtype_of(x),
+                  "parallel_block: the cache does not fit");
+  Tensor rows = fused;  // the stable ABI's views take a reference that is not const
+  const Tensor q = torch::stable::view(torch::stable::narrow(rows, 2, 0, width), {B, T, heads, D});
+  Tensor mixed = torch::stable::new_empty(fused, {B, T, width + F});
+  const Tensor attended = torch::stable::view(torch::stable::narrow(mixed, 2, 0, width), {B, T, heads, D});
+  const bool wide = bindings::dtype_of(x) == Dtype::f64;
+  const Tensor lse = torch::stable::new_empty(
+      fused, {B, heads, T},
+      wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
+  const int64_t bad = bindings::attention_decode(q, k, v, cache_lengths, key_bias, 1 / std::sqrt(double(D)),
+                                                 left, right, attended, lse, false);
+  if (bad >= 0) return bad;
+  bindings::swiglu_fwd(torch::stable::narrow(rows, 2, behind, F),
+                       torch::stable::narrow(rows, 2, behind + F, F),
+                       torch::stable::narrow(mixed, 2, width, F));
+  linear(mixed, w_out, {}, x, out);
+  return -1;
+}
+
+}  // namespace palm::cpu
+
 STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("peak(int repeats, str unit, Tensor(a!) out) -> int");
+  m.def("decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def(
+      "block_inputs(Tensor x, Tensor? norm_weight, Tensor w_in, Tensor cos, Tensor sin, Tensor? positions, "
+      "int heads, int kv_heads, int head_dim, str norm, float eps, float norm_offset, bool interleaved, "
+      "Tensor(a!) fused) -> int");
+  m.def(
+      "block_output(Tensor x, Tensor fused, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? "
+      "key_bias, int heads, int left, int right, Tensor w_out, Tensor(a!) out) -> int");
   palm::bindings::define(m);
 }
 
@@ -179,5 +272,8 @@ STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {
   m.impl("peak", TORCH_BOX(&palm::cpu::peak));
+  m.impl("decode_linear", TORCH_BOX(&palm::cpu::decode_linear));
+  m.impl("block_inputs", TORCH_BOX(&palm::cpu::block_inputs));
+  m.impl("block_output", TORCH_BOX(&palm::cpu::block_output));
   palm::bindings::implement(m);
 }

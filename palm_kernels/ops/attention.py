@@ -79,7 +79,7 @@ _varlen_bwd = define(
 )
 
 
-def _bad_length(b, q, k_cache, v_cache, cache_lengths, *_):
+def bad_length(b, q, k_cache, v_cache, cache_lengths, *_):
     raise ValueError(
         f"attention_decode: cache_lengths[{b}] is {int(cache_lengths[b])}, the cache holds 0 to {k_cache.shape[1]} rows"
     )
@@ -90,7 +90,7 @@ _decode = define(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? key_bias, float scale, int left, "
     "int right) -> (Tensor, Tensor)",
     _out_and_lse,
-    check=_bad_length,
+    check=bad_length,
 )
 
 
