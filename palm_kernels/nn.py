@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .ops.attention import attention
 from .ops.cross_entropy import linear_cross_entropy
 from .ops.norm import layer_norm, rms_norm
-from .ops.parallel_block import parallel_block
+from .ops.parallel_block import block_step, parallel_block, step_serves
 from .ops.rotary import rotary, rotary_tables
 from .ops.soft_weak_embedding import soft_weak_embedding
 from .ops.swiglu import swiglu, swiglu_packed
@@ -155,9 +155,12 @@ def why_not_plain(name: str, module: nn.Module, kind: type, x: Tensor | None = N
         return f"{name} has a forward of its own"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks"
-    if is_traceable_wrapper_subclass(module.weight):
-        return f"{name}.weight is a {type(module.weight).__name__}"
-    if x is not None and module.weight.is_meta and not x.is_meta:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"{name}.weight is no parameter"
+    if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
+        return f"{name}.weight is a {type(weight).__name__}"
+    if x is not None and weight.is_meta and not x.is_meta:
         return f"{name} is offloaded"
     return None
 
@@ -167,7 +170,8 @@ class ParallelBlock(nn.Module):
 
     Children: norm, in_proj [(heads + 2 kv_heads) head_dim + 2 hidden_dim, dim], out_proj [dim, heads head_dim + hidden_dim],
     without biases. Takes the fused `parallel_block` if all three are exactly themselves: no hooks, parametrizations, offloaded
-    weights or subclasses (LoRA, quantised). Otherwise, or with `attend`, it calls its children one by one; `path()` says which.
+    weights or subclasses (LoRA, quantised). Otherwise it calls its children one by one; `path()` says which. With `attend`
+    too, but for a few tokens and a cache, without grad.
     """
 
     def __init__(
@@ -197,11 +201,12 @@ class ParallelBlock(nn.Module):
     def why_composed(self, x: Tensor | None = None) -> str | None:
         """Why this block calls its children one by one (for x, where given); None if it takes the fused op."""
         norm = RMSNorm if self.norm_kind == "rms_norm" else LayerNorm
+        children = self._modules  # in a decode step the way through nn.Module.__getattr__ is felt
         for name, kind in (("norm", norm), ("in_proj", nn.Linear), ("out_proj", nn.Linear)):
-            module = getattr(self, name)
+            module: nn.Module = children[name]  # type: ignore
             if reason := why_not_plain(name, module, kind, x):
                 return reason
-            if module.bias is not None:
+            if module._parameters.get("bias") is not None:
                 return f"{name} has a bias"
         return None
 
@@ -211,32 +216,45 @@ class ParallelBlock(nn.Module):
         return "parallel_block" if reason is None else f"composition: {reason}"
 
     def forward(
-        self, x, cos, sin, *, causal=True, key_bias=None, window=None, prefix_lengths=None, positions=None, attend=None
+        self,
+        x,
+        cos,
+        sin,
+        *,
+        causal=True,
+        key_bias=None,
+        window=None,
+        prefix_lengths=None,
+        positions=None,
+        attend=None,
+        extend=None,
     ):
         """x [B, T, dim], cos and sin as `rotary_tables` gives them, the rest as in `parallel_block` -> [B, T, dim].
 
         attend(q, k, v) [B, T, heads, head_dim], where given, stands in for `attention` under these masks (a cache, packed rows).
+        extend(k, v) beside it says that attend is attention_decode of (k_cache, v_cache, cache_lengths, key_bias), which extend returns,
+        under window: then few new tokens take `block_step`.
         """
         mask = {"causal": causal, "key_bias": key_bias, "window": window, "prefix_lengths": prefix_lengths}
-        if attend is not None or self.why_composed(x) is not None:
+        step = extend is not None and step_serves(x)
+        if self.why_composed(x) is not None or not (attend is None or step):
             return self._compose(x, cos, sin, attend or (lambda q, k, v: attention(q, k, v, **mask)), positions)
-        return parallel_block(
-            x,
-            self.norm.weight,
-            self.in_proj.weight,
-            self.out_proj.weight,
-            cos,
-            sin,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            norm=self.norm_kind,
-            eps=self.norm.eps,
-            norm_offset=self.norm.offset,
-            positions=positions,
-            interleaved=self.interleaved,
-            **mask,
-        )
+        norm = self.norm
+        options = {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "norm": self.norm_kind,
+            "eps": norm.eps,
+            "norm_offset": norm.offset,
+            "window": window,
+            "positions": positions,
+            "interleaved": self.interleaved,
+        }
+        tensors = x, norm.weight, self.in_proj.weight, self.out_proj.weight, cos, sin
+        if step:
+            return block_step(*tensors, extend, **options)
+        return parallel_block(*tensors, **options, causal=causal, key_bias=key_bias, prefix_lengths=prefix_lengths)
 
     def _compose(self, x, cos, sin, attend, positions):
         H, K, D = self.heads, self.kv_heads, self.head_dim

@@ -19,7 +19,15 @@ from transformers import (
 )
 
 import palm_kernels as pk
-from palm_kernels.models import PaLMConfig, PaLMForCausalLM, PaLMForTokenClassification, PaLMModel, PaLMTokenizer
+from palm_kernels import nn as nn_module
+from palm_kernels.models import (
+    PaLMConfig,
+    PaLMForCausalLM,
+    PaLMForTokenClassification,
+    PaLMModel,
+    PaLMTokenizer,
+    modeling,
+)
 
 SHAPES = {
     "default": {},
@@ -352,26 +360,29 @@ def test_packed_rows_are_separate_sequences(attention):
 
 @pytest.mark.parametrize("shape", ["default", "layer_norm, grouped, interleaved", "window", "prefix", "untied"])
 @pytest.mark.parametrize("pad", [0, 3])
-def test_generation_with_cache_equals_without(shape, pad):
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_generation_with_cache_equals_without(shape, pad, kind):
     model = build(**{**SHAPES[shape], "tie_word_embeddings": False, "initializer_factor": 3.0})
     ids, mask = batch()[0], torch.ones(3, 13, dtype=torch.long)
     mask[1, :pad] = 0
     keywords = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False, "eos_token_id": None, **extras(model)}
-    with_cache = model.generate(ids, **keywords)
+    with_cache = model.generate(ids, cache_implementation=kind, **keywords)
     assert torch.equal(with_cache, model.generate(ids, use_cache=False, **keywords))
     assert len(set(with_cache[:, 13:].flatten().tolist())) > 5, "the test model says only one thing"
 
 
 @pytest.mark.parametrize("shape", ["default", "layer_norm, grouped, interleaved", "window", "prefix"])
 @pytest.mark.parametrize("chunks", [[13], [1] * 13, [5, 1, 1, 4, 2]], ids=str)
-def test_chunks_through_a_cache(shape, chunks):
+@pytest.mark.parametrize("room", [None, 13, 20])
+def test_chunks_through_a_cache(shape, chunks, room):
     model, (ids, mask, _) = build(**SHAPES[shape]), batch()
     keywords = {"prefix_lengths": torch.tensor([4, 0, 1])} if shape == "prefix" else {}
     if keywords and chunks[0] < 4:
         keywords["prefix_lengths"] = torch.tensor([1, 0, 1])
     whole = model(ids, attention_mask=mask, **keywords).logits
     for grad in (torch.no_grad(), torch.enable_grad()):
-        cache, parts, done = DynamicCache(config=model.config), [], 0
+        static = room and StaticCache(config=model.config, max_cache_len=room)
+        cache, parts, done = static or DynamicCache(config=model.config), [], 0
         with grad:
             for n in chunks:
                 done += n
@@ -389,10 +400,110 @@ def test_past_key_values_is_the_same_cache():
     cache = cache_of(out)
     same(model(ids[:, 8:], past_key_values=cache).logits, model(ids).logits[:, 8:])
     assert cache_of(model(ids)) is None
-    with pytest.raises(ValueError, match="use a DynamicCache"):
-        model(ids, cache=StaticCache(config=model.config, max_cache_len=20))
-    with pytest.raises(ValueError, match="cache_implementation='dynamic'"):
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, cache_implementation="static")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_static_cache_is_read_where_it_is(monkeypatch, grad):
+    """No copy of it reaches the kernels, and what lies beyond the tokens is never read."""
+    model, ids = build(), batch()[0]
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    seen, original = [], modeling._extend
+    monkeypatch.setattr(modeling, "_extend", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
+    with torch.set_grad_enabled(grad):
+        first = model(ids[:, :8], cache=cache).logits
+        for layer in cache.layers:
+            layer.keys[:, :, 8:], layer.values[:, :, 8:] = torch.nan, torch.nan
+        seen.clear()
+        logits = torch.cat(
+            (first, model(ids[:, 8:10], cache=cache).logits, model(ids[:, 10:11], cache=cache).logits), 1
+        )
+    same(logits, model(ids[:, :11]).logits)
+    for (k, v, *_), layer in zip(seen, 2 * cache.layers, strict=True):
+        assert k.data_ptr() == layer.keys.data_ptr() and v.data_ptr() == layer.values.data_ptr()
+        assert k.shape[1] in (10, 11)
+
+
+# a few tokens: the halves of the block around the cache
+
+
+def calls_of(monkeypatch, module, name):
+    """A list that grows with each call of module.<name>."""
+    calls, original = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: calls.append(a) or original(*a, **k))
+    return calls
+
+
+def decode(model, ids, mask, tokens, **keywords):
+    """Logits of the last `tokens` of ids, after a cached start."""
+    cache, start = DynamicCache(config=model.config), ids.shape[1] - tokens
+    with torch.no_grad():
+        model(ids[:, :start], attention_mask=mask[:, :start], cache=cache, **keywords)
+        return model(ids[:, start:], attention_mask=mask, cache=cache, **keywords).logits
+
+
+@pytest.mark.parametrize("shape", ["default", "layer_norm, grouped, interleaved", "window", "odd", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 5, 6])
+def test_decode_step_equals_the_reference(shape, dtype, tokens, monkeypatch):
+    model, (ids, mask, _) = build(**SHAPES[shape]).to(dtype), batch()
+    mask[-1] = 1
+    halves, heads = (calls_of(monkeypatch, m, n) for m, n in ((nn_module, "block_step"), (modeling, "decode_linear")))
+    ours = decode(model, ids, mask, tokens)
+    few = 3 * tokens <= 16
+    assert len(halves) == few * len(model.model.layers) and len(heads) == few
+    with pk.backend("reference"):
+        yardstick = decode(model, ids, mask, tokens)
+        truth = decode(model.double(), ids, mask, tokens)
+    assert_close(ours, yardstick, truth, dtype, dout_rms=0.0, what="logits")
+
+
+def test_wrapped_children_are_called_in_a_decode_step(monkeypatch):
+    model, (ids, mask, _) = build(), batch()
+    plain = decode(model, ids, mask, 1)
+    halves = calls_of(monkeypatch, nn_module, "block_step")
+    called = []
+    block = model.model.layers[1]
+    for module in (block.out_proj, model.lm_head):
+        module.register_forward_hook(lambda module, args, out: called.append(module))
+    same(decode(model, ids, mask, 1), plain)
+    assert called == 2 * [block.out_proj, model.lm_head]
+    assert len(halves) == len(model.model.layers) - 1
+    del model.lm_head.weight  # as a sharded or quantised layer has none
+    model.lm_head.weight = model.model.embed_tokens.weight.detach().clone()
+    same(decode(model, ids, mask, 1), plain)
+
+
+def test_no_short_cut_with_grad_or_autocast(monkeypatch):
+    model, (ids, mask, _) = build(), batch()
+    halves, heads = (calls_of(monkeypatch, m, n) for m, n in ((nn_module, "block_step"), (modeling, "decode_linear")))
+    cache = cache_of(model(ids[:, :12], use_cache=True))
+    model(ids[:, 12:], cache=cache).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decode(model, ids, mask, 1).dtype == torch.bfloat16
+    assert halves == heads == []
+
+
+def test_decode_step_says_what_does_not_fit():
+    model, ids = build(), batch()[0]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="x has 47 columns, in_proj is"):
+        model.model(inputs_embeds=torch.zeros(1, 1, 47), use_cache=True)
+    with torch.no_grad(), pytest.raises(ValueError, match="positions"):
+        model.model(input_ids=ids[:, :1], position_ids=torch.tensor([[4000]]), use_cache=True)
+
+
+def test_decode_step_under_compile():
+    model = build()
+    block = model.model.layers[0]
+    x = torch.randn(1, 2, model.config.hidden_size)
+    cos, sin = model.model.rotary.cos, model.model.rotary.sin
+
+    def step(x):
+        return block(x, cos, sin, attend=lambda q, k, v: pk.attention(q, k, v, causal=True))
+
+    with torch.no_grad():
+        same(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x))
+        same(step(x), block(x, cos, sin))
 
 
 def test_beams_through_a_cache():

@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_not_plain
 from ..ops.attention import attention, attention_decode, attention_varlen
 from ..ops.cross_entropy import cross_entropy, linear_cross_entropy
+from ..ops.decode_linear import decode_linear, reads_once
 from ..ops.soft_weak_embedding import soft_weak_embedding
 from .configuration import PaLMConfig
 
@@ -50,20 +51,35 @@ def _attend_packed(q, k, v, *, starts, causal, window, key_bias):
     return out.view(q.shape)  # type: ignore
 
 
-def _attend_cached(q, k, v, *, cache, layer, total, mask):
-    """Append k and v [B,T,K,D] to the cache, whose tensors are [B,K,S,D], and attend to all it holds of `total` tokens."""
-    B, T, H, _ = q.shape
-    k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), layer))
-    S = k.shape[1]
-    dropped = total - S  # a sliding cache has let its oldest keys go
-    if dropped < 0:
-        raise ValueError(f"PaLMModel: {type(cache).__name__} holds keys that are not there yet, use a DynamicCache")
-    key_bias = None if mask["key_bias"] is None else mask["key_bias"][:, dropped:]
-    if mask["prefix_lengths"] is None and H * T <= DECODE_ROWS and not torch.is_grad_enabled():
-        lengths = torch.full((B,), S, dtype=torch.int32, device=q.device)
-        return attention_decode(q, k, v, cache_lengths=lengths, key_bias=key_bias, window=mask["window"])
-    prefix_lengths = None if mask["prefix_lengths"] is None else mask["prefix_lengths"] - dropped
-    return attention(q, k, v, causal=True, key_bias=key_bias, window=mask["window"], prefix_lengths=prefix_lengths)
+def _extend(k, v, *, cache, layer, total, lengths, key_bias):
+    """Append k and v [B,T,K,D] to the cache, whose tensors are [B,K,S,D]; what it holds of `total` tokens, lengths and bias for it."""
+    k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    dropped = total - k.shape[1]
+    if dropped < 0:  # a static cache has room for more
+        k, v = k[:, :total], v[:, :total]
+    elif dropped > 0:  # a sliding cache has let its oldest keys go
+        lengths = lengths - dropped
+        key_bias = None if key_bias is None else key_bias[:, dropped:]
+    return k, v, lengths, key_bias
+
+
+def _attend_cached(q, k, v, *, extend, few, total, window, prefix_lengths):
+    """Attention of new tokens to all that `extend` leaves in the cache; few: by attention_decode."""
+    k, v, lengths, key_bias = extend(k, v)
+    if few:
+        return attention_decode(q, k, v, cache_lengths=lengths, key_bias=key_bias, window=window)
+    if prefix_lengths is not None:
+        prefix_lengths = prefix_lengths - (total - k.shape[1])
+    return attention(q, k, v, causal=True, key_bias=key_bias, window=window, prefix_lengths=prefix_lengths)
+
+
+def _product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x); by decode_linear where nothing forbids it and x [...,C] has few rows."""
+    few = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")) and reads_once(x, x.shape[:-1].numel())
+    if few and why_not_plain("", linear, nn.Linear, x) is None and x.dtype == linear.weight.dtype:
+        return decode_linear(x, linear.weight, bias=linear.bias)
+    return linear(x)
 
 
 class PaLMPreTrainedModel(PreTrainedModel):
@@ -166,6 +182,8 @@ class PaLMModel(PaLMPreTrainedModel):
         cache = self._cache(cache, use_cache)
         past = 0 if cache is None else int(cache.get_seq_length())
         attention_mask = self._check_mask(attention_mask, B, past + T)
+        if cache is not None and self._says_nothing(attention_mask):
+            attention_mask = None
         mask = self._mask(attention_mask, strength, kappa, prefix_lengths, cached=past > 0)
         packed = None
         if cache is None and attention_mask is None and position_ids is not None:
@@ -173,11 +191,13 @@ class PaLMModel(PaLMPreTrainedModel):
         positions = self._positions(position_ids, attention_mask, past, T, x_BTC.device)
         want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x_BTC] if want_states else []
+        cached = None if cache is None else self._cached(cache, past + T, mask, x_BTC)
+        hooks = {"attend": packed}
+        cos, sin = self.rotary.cos, self.rotary.sin
         for i, layer in enumerate(self.layers):
-            attend = (
-                packed if cache is None else partial(_attend_cached, cache=cache, layer=i, total=past + T, mask=mask)
-            )
-            x_BTC = layer(x_BTC, self.rotary.cos, self.rotary.sin, positions=positions, attend=attend, **mask)
+            if cached is not None:
+                hooks = cached(i)
+            x_BTC = layer(x_BTC, cos, sin, positions=positions, **hooks, **mask)
             if want_states:
                 states.append(x_BTC)
         x_BTC = self.norm(x_BTC)
@@ -222,6 +242,23 @@ class PaLMModel(PaLMPreTrainedModel):
             raise ValueError("PaLMModel: a cache and gradient checkpointing exclude each other: pass use_cache=False")
         return DynamicCache(config=self.config) if cache is None else cache
 
+    def _cached(self, cache, total, mask, x_BTC):
+        """The `attend` and `extend` of T new tokens and a cache that will hold `total`, by layer; what all layers share is made once."""
+        (B, T, _), keep = x_BTC.shape, mask["key_bias"]
+        if keep is not None and keep.dtype == torch.bool:
+            zeros = torch.zeros(keep.shape, dtype=torch.promote_types(x_BTC.dtype, torch.float32), device=keep.device)
+            keep = zeros.masked_fill(~keep, -torch.inf)
+        lengths = torch.full((B,), total, dtype=torch.int32, device=x_BTC.device)
+        few = self.config.num_attention_heads * T <= DECODE_ROWS and not torch.is_grad_enabled()
+        few = few and mask["prefix_lengths"] is None
+        rest = {"few": few, "total": total, "window": mask["window"], "prefix_lengths": mask["prefix_lengths"]}
+
+        def hooks(layer: int) -> dict:
+            extend = partial(_extend, cache=cache, layer=layer, total=total, lengths=lengths, key_bias=keep)
+            return {"attend": partial(_attend_cached, extend=extend, **rest), "extend": extend if few else None}
+
+        return hooks
+
     @staticmethod
     def _check_mask(attention_mask, B, S) -> Tensor | None:
         """attention_mask as bool [B,S], or an error that says what would do."""
@@ -231,13 +268,19 @@ class PaLMModel(PaLMPreTrainedModel):
             given = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
             raise ValueError(
                 f"PaLMModel: attention_mask is {given}, need [B,S] of 0/1 or bool; causal, prefix and window masks are the config's"
-                " (static caches, which need 4-D masks, are not supported: use cache_implementation='dynamic')"
             )
         if attention_mask.shape != (B, S):
             raise ValueError(
                 f"PaLMModel: attention_mask has shape {list(attention_mask.shape)}, need [B,S] = {[B, S]} (cached tokens included)"
             )
         return attention_mask != 0
+
+    @staticmethod
+    def _says_nothing(attention_mask) -> bool:
+        """Whether it removes no key, where looking is cheap: `generate` always gives one."""
+        if attention_mask is None or attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return bool(attention_mask.all())
 
     def _mask(self, attention_mask, strength, kappa, prefix_lengths, cached) -> dict:
         """The mask keywords of `parallel_block`."""
@@ -291,6 +334,11 @@ class PaLMModel(PaLMPreTrainedModel):
 class PaLMForCausalLM(PaLMPreTrainedModel, GenerationMixin):
     """The trunk with a language-model head, tied to the embeddings unless the config says otherwise."""
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+        """The mask as it is: `generate` would make it 4-D for a static cache."""
+        return attention_mask
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own attribute)
 
     def __init__(self, config: PaLMConfig):
@@ -343,7 +391,8 @@ class PaLMForCausalLM(PaLMPreTrainedModel, GenerationMixin):
         logits = None
         if return_logits or (return_logits is None and (labels is None or not self.training)):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_BTC[:, keep] if isinstance(keep, Tensor) or logits_to_keep else hidden_BTC)
+            kept = hidden_BTC[:, keep] if isinstance(keep, Tensor) or logits_to_keep else hidden_BTC
+            logits = _product(self.lm_head, kept)
         loss = None
         if labels is not None:
             whole = logits is not None and logits.shape[1] == hidden_BTC.shape[1]

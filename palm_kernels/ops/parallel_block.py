@@ -22,8 +22,9 @@ from ..checks import (
     check_shape,
     distinct,
 )
-from ..dispatch import define, flops, last_contiguous, needs_autograd, public, refuse_double_backward, select
-from .attention import attention_flops, check_head_dim, check_prefix, normalise_bias, normalise_window
+from ..dispatch import define, flops, last_contiguous, needs_autograd, public, refuse_double_backward, select, served
+from .attention import attention_flops, bad_length, check_head_dim, check_prefix, normalise_bias, normalise_window
+from .decode_linear import reads_once
 from .rotary import bad_position, check_tables
 
 _SIZES = "int heads, int kv_heads, int head_dim"
@@ -58,9 +59,11 @@ def _statistic(x: Tensor, shape) -> Tensor:
 
 def _split(fused: Tensor, H: int, K: int, D: int) -> tuple[Tensor, ...]:
     """Views of [B,T,(H+2K)D+2F]: q [B,T,H,D], k and v [B,T,K,D], gate and up [B,T,F]."""
-    F = (fused.shape[-1] - (H + 2 * K) * D) // 2
-    q, k, v, gate, up = fused.split([H * D, K * D, K * D, F, F], -1)
-    return q.unflatten(-1, (H, D)), k.unflatten(-1, (K, D)), v.unflatten(-1, (K, D)), gate, up
+    B, T, width = fused.shape
+    F = (width - (H + 2 * K) * D) // 2
+    heads, gate, up = torch.split_with_sizes(fused, [(H + 2 * K) * D, F, F], -1)
+    q, k, v = torch.split_with_sizes(heads.view(B, T, H + 2 * K, D), [H, K, K], 2)
+    return q, k, v, gate, up
 
 
 def _apply_norm(norm: str, x: Tensor, weight, eps: float, offset: float, mean, rstd, dtype: torch.dtype) -> Tensor:
@@ -261,6 +264,61 @@ def _check_weights(x: Tensor, norm_weight, w_in: Tensor, w_out: Tensor, H: int, 
         check_gain(op, "norm_weight", norm_weight, x)
         check_shape(op, "norm_weight", norm_weight, (C,), "[C]")
     check_device(op, x=x, norm_weight=norm_weight, w_in=w_in, w_out=w_out)
+
+
+def step_serves(x: Tensor) -> bool:
+    """Whether block_step serves x [B,T,C]: few rows on the CPU, inference, no autocast, and nothing that watches or traces ops."""
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() != 3 or torch._C._len_torch_dispatch_stack():
+        return False
+    few = reads_once(x, x.shape[0] * x.shape[1])
+    return few and served("parallel_block", "block_inputs", x) and not torch.is_autocast_enabled("cpu")
+
+
+def block_step(
+    x,
+    norm_weight,
+    w_in,
+    w_out,
+    cos,
+    sin,
+    extend,
+    *,
+    heads,
+    kv_heads,
+    head_dim,
+    norm,
+    eps,
+    norm_offset,
+    window,
+    positions,
+    interleaved,
+):
+    """parallel_block of a few new tokens [B,T,C] and a cache, in two native calls: at such sizes the calls are what costs.
+
+    extend(k, v), [B,T,K,D], appends to the cache and returns (k_cache, v_cache, cache_lengths, key_bias) as attention_decode takes
+    them. The library checks (RuntimeError).
+    """
+    H, K, D = heads, kv_heads, head_dim
+    if x.dtype == torch.float64:
+        cos, sin = cos.double(), sin.double()
+    x, w_in, w_out = last_contiguous(x), last_contiguous(w_in), last_contiguous(w_out)
+    fused = x.new_empty((*x.shape[:2], w_in.shape[0]))
+    bad = _kernel("parallel_block", "block_inputs", x)(
+        x, norm_weight, w_in, cos, sin, positions, H, K, D, norm, eps, norm_offset, interleaved, fused
+    )
+    if bad >= 0:
+        bad_position("parallel_block", bad, x, cos, positions)
+    new = fused.narrow(2, H * D, 2 * K * D).view(*x.shape[:2], 2 * K, D)
+    k, v, lengths, bias = extend(*torch.split_with_sizes(new, [K, K], 2))
+    left, right = normalise_window("parallel_block", window, True)
+    bias = normalise_bias("parallel_block", bias, x, k.shape[:2], "[B,Smax] or [1,Smax]")
+    out = x.new_empty(x.shape)
+    bad = _kernel("parallel_block", "block_output", x)(
+        x, fused, last_contiguous(k), last_contiguous(v), lengths, bias, H, left, right, w_out, out
+    )
+    if bad >= 0:
+        bad_length(bad, x, k, v, lengths)
+    return out
 
 
 @public
