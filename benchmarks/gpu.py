@@ -107,6 +107,7 @@ BENCHES = {  # stem: benches
             gate={"N": 512},
         ),
     ],
+    "decode_linear": [],  # the CPU's alone
     "norm": [
         Bench("rms_norm", NORM, bench_norm.norm, _others("rms_norm", peers.rms_norm), gate={"N": 1024}),
         Bench("layer_norm", NORM, bench_norm.norm, _others("layer_norm", peers.layer_norm), gate={"N": 1024}),
