@@ -219,3 +219,29 @@ def test_meta_block():
     with torch.device("meta"):
         module, table, x = ParallelBlock(24, 4, 8, 40), RotaryEmbedding(8), torch.randn(2, 3, 24)
     assert module(x, table.cos, table.sin).shape == (2, 3, 24)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"window": 3}], ids=str)
+def test_block_over_a_cache(keywords):
+    """attend and extend: the same without grad, where two native calls do it, and with it, where gradients are needed."""
+    block = ParallelBlock(40, 4, 16, 48, kv_heads=2)
+    x, cos_sin = torch.randn(2, 3, 40, requires_grad=True), pk.rotary_tables(8, 16)
+    old = torch.randn(2, 2, 5, 2, 16)
+
+    def extend(k, v):
+        k, v = (torch.cat((o, new), 1) for o, new in zip(old, (k, v), strict=True))
+        return k, v, torch.full((2,), 8, dtype=torch.int32), None
+
+    def attend(q, k, v):
+        k, v, _, _ = extend(k, v)
+        return pk.attention(q, k, v, causal=True, **keywords)
+
+    def run(x):
+        positions = torch.arange(5, 8)
+        return block(x, *cos_sin, positions=positions, attend=attend, extend=extend, **keywords)
+
+    out = run(x)
+    with torch.no_grad():
+        step = run(x)
+    torch.testing.assert_close(step, out, rtol=2e-5, atol=2e-5)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), [x, *block.parameters()]))
