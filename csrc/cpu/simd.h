@@ -12,6 +12,7 @@
 #endif
 
 #include "../ops.h"
+#include "memory.h"
 
 #define PALM_INLINE inline __attribute__((always_inline))
 
@@ -374,17 +375,21 @@ PALM_INLINE void with_dtype(Dtype dtype, F&& f) {
   }
 }
 
-// Zeroed or raw scratch, 64-byte aligned, freed at the end of its scope.
+// Raw scratch, 64-byte aligned, given back at the end of its scope.
 template <class T>
 struct Scratch {
   T* data;
-  explicit Scratch(int64_t count)
-      : data(static_cast<T*>(aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
+  bool kept;  // from memory.h
+  explicit Scratch(int64_t count) {
+    const int64_t bytes = (count * int64_t(sizeof(T)) + 127) / 64 * 64;
+    data = static_cast<T*>(bytes < kLeastBlock ? nullptr : take_memory(bytes));
+    kept = data != nullptr;
+    if (!kept) data = static_cast<T*>(aligned_alloc(64, bytes));
     if (!data) abort();  // as the standard allocator would without exceptions
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { free(data); }
+  ~Scratch() { kept ? give_memory(data) : free(data); }
   operator T*() const { return data; }
 };
 
