@@ -239,3 +239,30 @@ def test_registration_and_compile():
     out.sum().backward()
     with torch.inference_mode():
         assert pk.swiglu(gate, up).is_inference()
+
+
+@pytest.mark.kernel
+def test_large_outputs_are_the_small_ones():
+    """From 32 MiB on outputs are written past the caches (csrc/cpu/simd.h): the same bits, in the last column too."""
+    x, y, gain = randn(520, 16400, grad=False), randn(520, 16400, grad=False), randn(16400, grad=False)
+    target, heads, tables = torch.arange(520), randn(1, 520, 512, 32, grad=False), pk.rotary_tables(520, 32)
+
+    def losses(part):
+        logits = x[part].detach().requires_grad_()
+        loss = pk.cross_entropy(logits, target[part], reduction="sum")
+        return torch.autograd.grad(loss, logits)[0]
+
+    def gradients(part):
+        leaves = [t[part].detach().requires_grad_() for t in (x, y)]
+        outs = pk.swiglu(*leaves), pk.layer_norm(leaves[0], gain), pk.rms_norm(leaves[0], gain, residual=leaves[1])[0]
+        return torch.cat([*torch.autograd.grad(outs, leaves, [y[part]] * 3), *(o.detach() for o in outs)], 1)
+
+    def turned(part):
+        places = {"positions": torch.arange(520)[part]}
+        both = [pk.rotary(heads[:, part], *tables, interleaved=i, **places)[0].flatten(1) for i in (False, True)]
+        return torch.cat(both, 1)
+
+    for function in (losses, gradients, turned):
+        whole = function(slice(None))
+        for part in (slice(0, 3), slice(515, 520)):
+            assert torch.equal(whole[part], function(part))
