@@ -266,3 +266,13 @@ def test_large_outputs_are_the_small_ones():
         whole = function(slice(None))
         for part in (slice(0, 3), slice(515, 520)):
             assert torch.equal(whole[part], function(part))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_row_of_a_large_table_is_written(dtype):
+    ids, table = torch.arange(0, 16400, 2), randn(16400, 1024, dtype=dtype)
+    rows = pk.soft_weak_embedding(ids, table, torch.zeros(len(ids)))
+    dout = torch.randn_like(rows)
+    (grad,) = torch.autograd.grad(rows, table, dout)
+    assert torch.equal(grad[::2], dout) and (grad[1::2] == 0).all()
