@@ -308,12 +308,11 @@ PALM_INLINE vd vexp_low(vd x) {
   return x < lowest ? vd{} : y;
 #endif
 }
-// e^x for the differences x <= 0 of a softmax, to 1.2e-7 + 6e-8 |x|, -inf and subnormal results as above: in
-// base 2, t - floor(t) by a polynomial of degree 5 (minimax on [0, 1) with e^0 = 1), two thirds of the
-// instructions.
-PALM_INLINE vf vexp_softmax(vf x) {
 #if VB == 64
-  const vf t = x * set1(1.44269504088896341f), f = (vf)_mm512_reduce_ps((__m512)t, 1);
+// 2^t to 1.2e-7: t - floor(t) by a polynomial of degree 5 (minimax on [0, 1) with 2^0 = 1); subnormal results
+// and -inf give 0 as above (scaling to them takes a hundred cycles), inf gives inf.
+PALM_INLINE vf vexp2(vf t) {
+  const vf f = (vf)_mm512_reduce_ps((__m512)t, 1);
   vf p = set1(1.8650337194e-3f);
   p = p * f + set1(9.0226974149e-3f);
   p = p * f + set1(5.5794483574e-2f);
@@ -322,6 +321,13 @@ PALM_INLINE vf vexp_softmax(vf x) {
   p = p * f + set1(1.0f);
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, (__m512)set1(-126.0f), _CMP_NLT_UQ);
   return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)t);
+}
+#endif
+// e^x for the differences x <= 0 of a softmax, to 1.2e-7 + 6e-8 |x|: in base 2, two thirds of the
+// instructions.
+PALM_INLINE vf vexp_softmax(vf x) {
+#if VB == 64
+  return vexp2(x * set1(1.44269504088896341f));
 #else
   return vexp_low(x);
 #endif
@@ -354,26 +360,14 @@ PALM_INLINE vd vlog(vd x) {
   for (int i = 0; i < VB / 8; ++i) y[i] = __builtin_log(x[i]);
   return y;
 }
-// e^x where its share of a sum counts: the relative error is 1 ulp and another |x| / 2. -inf gives 0, inf
-// inf.
+// vexp_softmax where x may be inf, which gives inf.
+PALM_INLINE vf vexp_term(vf x) {
 #if VB == 64
-// 2^t: t - round(t) in one instruction, a polynomial of degree 5 (8e-8), times 2^round(t). What would be
-// subnormal is masked and 0: scaling to it takes a hundred cycles.
-PALM_INLINE vf vexp2(vf t) {
-  const vf r = (vf)_mm512_reduce_ps((__m512)t, 0);
-  vf p = set1(1.32116034e-3f);
-  p = p * r + set1(9.671293494e-3f);
-  p = p * r + set1(5.550900067e-2f);
-  p = p * r + set1(2.402225277e-1f);
-  p = p * r + set1(6.931469025e-1f);
-  p = p * r + set1(1.0f);
-  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, (__m512)set1(-125.5f), _CMP_NLT_UQ);
-  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)(t - r));
-}
-PALM_INLINE vf vexp_term(vf x) { return vexp2(x * set1(1.44269504088896341f)); }
+  return vexp_softmax(x);
 #else
-PALM_INLINE vf vexp_term(vf x) { return vexp(x); }
+  return vexp(x);
 #endif
+}
 PALM_INLINE vd vexp_term(vd x) { return vexp(x); }
 // 1 / (1 + e^-x)
 PALM_INLINE vd vsigmoid(vd x) { return set1(1.0) / (set1(1.0) + vexp(-x)); }
