@@ -18,7 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
-TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: see DESIGN in CONTRIBUTING.md
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11: see Decisions in CONTRIBUTING.md
 ARCHITECTURES = "8.0+PTX;9.0a"  # 9.0a: wgmma and TMA; the PTX serves chips that are newer than both
 NVCC_FLAGS = "-std=c++17 -O3"
 STEMS = ("attention", "attention_decode", "cross_entropy", "decode_linear", "norm", "peak", "rotary")
@@ -88,13 +88,14 @@ def ninja_file(out):
         return f"{name}.o"
 
     objects = [compile("cpu/bindings.cpp", "cpu_bindings", f"{include} '-DPALM_ISAS(X)={isas}'")]
+    objects.append(compile("cpu/memory.cpp", "cpu_memory", ""))
     for stem in STEMS:
         for isa, (width, flags) in ISAS.items():
             objects.append(compile(f"cpu/{stem}.cpp", f"cpu_{stem}_{isa}", f"{flags} -DISA={isa} -DVB={width}"))
     for stem in PAIRS_STEMS if ON_X86 else ():
         for isa, (width, flags) in PAIRS.items():
             objects.append(compile(f"cpu/{stem}.cpp", f"cpu_{stem}_{isa}", f"{flags} -DISA={isa} -DVB={width}"))
-    libs = "-Wl,--no-as-needed -ltorch_cpu -lc10"
+    libs = "-lpthread -Wl,--no-as-needed -ltorch_cpu -lc10"
     lines.append(f"build {out}/_cpu.so: link {' '.join(objects)}\n  libs = {libs}")
     if cuda := find_nvcc():
         nvcc, home = cuda

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-import palm_kernels  # noqa: F401  loads torch.ops.palm_kernels_cpu
+import palm_kernels  # loads torch.ops.palm_kernels_cpu
 
 
 def _cpuinfo(key: str) -> str:
@@ -199,7 +199,7 @@ def _status_mb(key: str) -> float:
 def peak_memory(call, device: str, collect: bool = True) -> float | None:
     """MiB that one call held at its height beyond what was there before: outputs, gradients, saved tensors, C++ scratch.
 
-    On the CPU by the kernel's high-water mark of resident memory, after the allocator gave back what it kept; None without it.
+    On the CPU by the kernel's high-water mark of resident memory, after the allocators gave back what they kept; None without it.
     """
     if collect:  # takes a tenth of a second
         gc.collect()
@@ -209,6 +209,7 @@ def peak_memory(call, device: str, collect: bool = True) -> float | None:
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
+        palm_kernels.release_memory()
         ctypes.CDLL(None).malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = _status_mb("VmRSS")

@@ -9,7 +9,7 @@ if tuple(int(x) for x in _torch.__version__.split("+")[0].split(".")[:2]) < (2, 
 
 __version__ = "0.1.0"
 
-from .dispatch import backend, info
+from .dispatch import backend, info, release_memory
 from .ops.attention import attention, attention_decode, attention_varlen, merge_attention
 from .ops.cross_entropy import cross_entropy, linear_cross_entropy
 from .ops.decode_linear import decode_linear
@@ -31,6 +31,7 @@ __all__ = [
     "linear_cross_entropy",
     "merge_attention",
     "parallel_block",
+    "release_memory",
     "rms_norm",
     "rotary",
     "rotary_tables",

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.abc
 import importlib.util
+import math
 import os
 import pathlib
 import platform
@@ -43,9 +44,11 @@ CUDA_ORDER_REASON = "neither is measured on a GPU yet; Triton compiles for the v
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+LEAST_KEPT = 2**20  # bytes from which an output takes kept memory: malloc keeps what is smaller
 BUILD = "pip install --no-build-isolation -e ."
 
 _library = torch.library.Library("palm_kernels", "DEF")
+_PLAIN = (Tensor, torch.nn.Parameter)
 _load_errors: dict[str, str] = {}  # backend: why its library is not there
 _forced = "auto"
 
@@ -173,10 +176,34 @@ def _is_floating(a) -> bool:
     return isinstance(a, Tensor) and a.is_floating_point()
 
 
+def empty(like: Tensor, shape, dtype: torch.dtype | None = None) -> Tensor:
+    """like.new_empty(shape, dtype=dtype); on the CPU, large floating outputs lie in memory kept from call to call (csrc/cpu/memory.h).
+
+    Every output and buffer of the ops is made here. A fake `like`, of a subclass of its own, gives a fake.
+    """
+    if _keeps_memory and type(like) in _PLAIN and like.is_cpu:
+        dtype = dtype or like.dtype
+        if dtype.is_floating_point and math.prod(shape) * dtype.itemsize >= LEAST_KEPT:
+            out = torch.ops.palm_kernels_cpu.empty(shape, dtype, dtype.itemsize)
+            if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+                out.fill_(math.nan)  # as torch.empty does then
+            return out
+    return like.new_empty(shape, dtype=dtype)
+
+
+def release_memory() -> int:
+    """Return the memory that the CPU kernels keep for their next large outputs to the system; gives its bytes (0: nothing was kept).
+
+    Kept are up to a quarter of the machine's memory, or PALM_KERNELS_CPU_CACHE bytes ("512M", "2G"; "0" keeps nothing), and the
+    kernel takes what it needs of it by itself. Memory that a tensor still uses is not touched.
+    """
+    return torch.ops.palm_kernels_cpu.drop_memory() if _keeps_memory else 0
+
+
 def define(stem: str, schema: str, allocate, *, kernel=None, spread=None, check=None, body=None):
     """Register the functional op `palm_kernels::<schema>` and return it.
 
-    allocate(*args) gives the outputs, a Tensor or a tuple, by `new_empty` of computable shapes: it is also the fake. The backend's
+    allocate(*args) gives the outputs, a Tensor or a tuple, by `empty` with computable shapes: it is also the fake. The backend's
     out-variant `kernel` (default: the schema's name) is called with (*args, *outputs), or with spread(*args, *outputs); its first
     floating tensor names the device and dtype. check(row, *args) raises for the bad row that a kernel reports (-1: none).
     body(*args), where given, replaces all that (ops composed of others' raw ops and torch's GEMMs).
@@ -286,6 +313,8 @@ def describe() -> str:
     else:
         ops = torch.ops.palm_kernels_cpu
         lines.append(f"cpu: instruction set {ops.isa()} of {ops.isas()}, {torch.get_num_threads()} threads")
+        kept, limit = (f"{size / 2**20:.0f} MiB" for size in (ops.memory_kept(), ops.memory_limit()))
+        lines.append(f"cpu: {kept} kept for large outputs, at most {limit} (PALM_KERNELS_CPU_CACHE)")
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     loaded = f"{_library_path('cuda') if simulated('cuda') else 'library'} loaded"
     lines.append(f"cuda: {_load_errors.get('cuda', loaded)}; {devices} devices visible")
@@ -305,6 +334,7 @@ def info() -> None:
 
 for _backend in ("cpu", "cuda"):
     _load_library(_backend)
+_keeps_memory = "cpu" not in _load_errors and torch.ops.palm_kernels_cpu.memory_limit() > 0
 if importlib.util.find_spec("triton") is None:
     _load_errors["triton"] = "triton is not installed: `pip install triton`"
 backend(os.environ.get("PALM_KERNELS_BACKEND", "auto")).__enter__()

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <string>
+#include <vector>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -17,6 +18,7 @@
 #endif
 
 #include "../ops.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace palm::cpu {
@@ -146,6 +148,18 @@ static int64_t peak(int64_t repeats, std::string unit, torch::stable::Tensor out
   return kernels().peak({static_cast<float*>(out.mutable_data_ptr()), out.numel(), repeats, which});
 }
 
+// An output in kept memory: floating, contiguous, freed into the cache. Such a storage cannot grow (resize_).
+static torch::stable::Tensor empty(std::vector<int64_t> size, torch::headeronly::ScalarType dtype,
+                                   int64_t itemsize) {
+  std::vector<int64_t> strides(size.size());
+  int64_t count = 1;
+  for (size_t d = size.size(); d-- > 0; count *= size[d]) strides[d] = count;
+  void* data = take_memory(count * itemsize);
+  STD_TORCH_CHECK(data, "palm_kernels: no memory for an output of ", count * itemsize, " bytes");
+  return torch::stable::from_blob(
+      data, size, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype, &give_memory);
+}
+
 }  // namespace palm::cpu
 
 namespace palm {
@@ -253,6 +267,10 @@ static int64_t block_output(Tensor x, Tensor fused, Tensor k, Tensor v, Tensor c
 STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
+  m.def("empty(int[] size, ScalarType dtype, int itemsize) -> Tensor");
+  m.def("memory_limit() -> int");
+  m.def("memory_kept() -> int");
+  m.def("drop_memory() -> int");
   m.def("peak(int repeats, str unit, Tensor(a!) out) -> int");
   m.def("decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def(
@@ -268,6 +286,10 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&palm::cpu::isa));
   m.impl("isas", TORCH_BOX(&palm::cpu::isas));
+  m.impl("empty", TORCH_BOX(&palm::cpu::empty));
+  m.impl("memory_limit", TORCH_BOX(&palm::cpu::memory_limit));
+  m.impl("memory_kept", TORCH_BOX(&palm::cpu::memory_kept));
+  m.impl("drop_memory", TORCH_BOX(&palm::cpu::drop_memory));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {

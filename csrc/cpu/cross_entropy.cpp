@@ -6,7 +6,7 @@
 
 namespace palm::cpu::ISA {
 
-constexpr int64_t kBlock = 512;    // logits a block: its maximum is found first, its exponentials from cache
+constexpr int64_t kBlock = 1024;   // logits a block: its maximum is found first, its exponentials from cache
 constexpr int64_t kGrain = 16384;  // logits a thread takes at least
 constexpr int64_t kCut = 32768;    // columns a task of backward takes at most
 
@@ -63,16 +63,21 @@ static C block_top(const E* x, int64_t n, C scale, C low) {
   return hmax(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
 }
 
-// sum of exp(z - top), by lanes.
+// sum of exp(z - top), by lanes; the next block is asked for meanwhile.
 template <class E, class C = typename Of<E>::C, class V = typename Of<E>::V>
 static V block_sum(const E* x, int64_t n, C scale, C top) {
   V sum[2] = {};
   int64_t i = 0;
   for (; i + 2 * W<E> <= n; i += 2 * W<E>)
-    for (int u = 0; u < 2; ++u) sum[u] += vexp(load(x + i + u * W<E>) * set1(scale) - set1(top));
-  for (; i + W<E> <= n; i += W<E>) sum[0] += vexp(load(x + i) * set1(scale) - set1(top));
-  if (i < n)
-    sum[0] += vexp(first_lanes(load(x + i, n - i) * set1(scale), n - i, -C(__builtin_inf())) - set1(top));
+    for (int u = 0; u < 2; ++u) {
+      prefetch(x + kBlock + i + u * W<E>);
+      sum[u] += vexp_term(load(x + i + u * W<E>) * set1(scale) - set1(top));
+    }
+  for (; i + W<E> <= n; i += W<E>) sum[0] += vexp_term(load(x + i) * set1(scale) - set1(top));
+  if (i < n) {
+    const V z = first_lanes(load(x + i, n - i) * set1(scale), n - i, -C(__builtin_inf()));
+    sum[0] += vexp_term(z - set1(top));
+  }
   return sum[0] + sum[1];
 }
 
@@ -142,19 +147,20 @@ static RowLoss row_loss(const CrossEntropy& p, const E* x, const Label& label, c
 // logit_scale.
 template <class E, class C = typename Of<E>::C>
 static void gradient(const CrossEntropy& p, const E* x, E* dx, const Label& label, double g, C lse,
-                     double weight_sum, int64_t begin, int64_t end) {
+                     double weight_sum, int64_t begin, int64_t end, bool streamed) {
   const double eps = p.label_smoothing, gt = g * label.t * p.logit_scale;
   double slope = (1 - eps) * label.w + eps / double(p.cols) * weight_sum;
   if (p.z_loss) slope += 2 * p.z_loss * label.w * double(lse);
   const C* w = static_cast<const C*>(p.weight);
   const auto a = set1(C(gt * slope)), b = set1(C(gt * eps / double(p.cols))), scale = set1(C(p.logit_scale));
-  const auto at = [&](int64_t c, int64_t n) {
-    const auto v = a * vexp(load(x + c, n) * scale - set1(lse));
+  const auto at = [&](int64_t c, int64_t n) PALM_INLINED {
+    const auto v = a * vexp_term(load(x + c, n) * scale - set1(lse));
     return eps == 0 ? v : w ? v - b * load(w + c, n) : v - b;
   };
   const bool here = begin <= label.y && label.y < end;
   const auto at_target = here ? at(label.y, 1) - set1(C(gt * (1 - eps) * label.w)) : a;
-  for (int64_t c = begin; c < end; c += W<E>) store(dx + c, at(c, end - c), end - c);
+  each<E>(end - begin,
+          [&](int64_t i, int64_t n) PALM_INLINED { put(dx + begin + i, at(begin + i, n), n, streamed); });
   if (here) store(dx + label.y, at_target, 1);
 }
 
@@ -206,6 +212,7 @@ template <class E, class C = typename Of<E>::C>
 static int64_t bwd(const CrossEntropy& p) {
   const double weight_sum = sum_weights<C>(p), scale = *static_cast<const C*>(p.scale);
   const int64_t cuts = (p.cols + kCut - 1) / kCut;
+  const bool streamed = streams<E>(p.rows, p.dlogits, p.cols, p.logits);
   FirstBad bad;
   parallel_for(p.rows.count * cuts, 1 + kGrain / (p.cols + 1), [&](int64_t lo, int64_t hi) {
     for (int64_t i = lo; i < hi; ++i) {
@@ -219,8 +226,9 @@ static int64_t bwd(const CrossEntropy& p) {
       }
       const double g = double(*row<C>(p.rows, p.dloss, r)) * scale;
       gradient(p, row<E>(p.rows, p.logits, r), dx, label, g, *row<C>(p.rows, p.lse, r), weight_sum, begin,
-               end);
+               end, streamed);
     }
+    end_stream();
   });
   return bad.result();
 }
@@ -239,7 +247,7 @@ static int64_t rows_in_place(const CrossEntropy& p) {
         const Normalizer q = normalize(p, x, weight_sum);
         l = row_loss(p, x, label, q);
         const double g = p.dloss.data ? double(*row<C>(p.rows, p.dloss, r)) : 1;
-        if (p.gradient) gradient(p, x, x, label, g, C(q.top + q.log_sum), weight_sum, 0, p.cols);
+        if (p.gradient) gradient(p, x, x, label, g, C(q.top + q.log_sum), weight_sum, 0, p.cols, false);
       } else if (p.gradient) {
         clear(x, 0, p.cols);
       }

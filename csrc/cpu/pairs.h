@@ -24,6 +24,8 @@ struct Tiles {
     Config config{};
     config.palette = 1;
     for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+    // GCC's intrinsic declares that it reads the first eight bytes: the other stores would be dropped.
+    asm volatile("" : "+m"(config));
     _tile_loadconfig(&config);
   }
   Tiles(const Tiles&) = delete;

@@ -64,8 +64,9 @@ static void copy_row(E* out, const E* from, int64_t cols) {
 template <class E>
 static int64_t fwd(const SoftWeakEmbedding& p) {
   using C = typename Of<E>::C;
+  const bool streamed = streams<E>(p.rows, p.out, p.cols);
   FirstBad bad;
-  parallel_for(p.rows.count, grain_of(p.cols), [&](int64_t lo, int64_t hi) {
+  parallel_for(p.rows.count, grain_of(p.cols), [&, streamed](int64_t lo, int64_t hi) {
     for (int64_t r = lo; r < hi; ++r) {
       const auto t = token<C>(p, r);
       if (!t.valid) {
@@ -79,12 +80,13 @@ static int64_t fwd(const SoftWeakEmbedding& p) {
       }
       const E *e = weight_row<E>(p, t.id), *c = source_row<E>(p, t.source);
       const auto keep = set1(1 - t.a), mix = set1(t.a), scale = set1(scale_of(p, t.a));
-      for (int64_t i = 0; i < p.cols; i += W<E>) {
-        auto u = keep * load(e + i, p.cols - i);
-        if (c) u += mix * load(c + i, p.cols - i);
-        store(out + i, scale * u, p.cols - i);
-      }
+      each<E>(p.cols, [=](int64_t i, int64_t n) PALM_INLINED {
+        auto u = keep * load(e + i, n);
+        if (c) u += mix * load(c + i, n);
+        put(out + i, scale * u, n, streamed);
+      });
     }
+    end_stream();
   });
   return bad.result();
 }
@@ -133,11 +135,11 @@ static void sum_entries(const SoftWeakEmbedding& p, const int64_t* order, int64_
     const C a = *row<C>(p.rows, p.strength, r);
     const auto share = set1(scale_of(p, a) * (order[k] & 1 ? a : 1 - a));
     const E* dout = row<E>(p.rows, p.dout, r);
-    for (int64_t i = 0; i < p.cols; i += W<E>) {
-      auto x = share * load(dout + i, p.cols - i);
+    each<E>(p.cols, [=](int64_t i, int64_t lanes) PALM_INLINED {
+      auto x = share * load(dout + i, lanes);
       if (k) x += load(sum + i);  // scratch is padded to whole vectors
       store(sum + i, x);
-    }
+    });
   }
 }
 
@@ -172,6 +174,18 @@ static void sum_long(const SoftWeakEmbedding& p, const int64_t* order, int64_t n
   });
 }
 
+// Most rows of a large dweight: `streamed` ones are whole lines of any E.
+template <class E>
+static void clear_row(E* out, int64_t cols, bool streamed) {
+  if (!streamed) {
+    memset(out, 0, cols * sizeof(E));
+    return;
+  }
+  float* words = reinterpret_cast<float*>(out);
+  each<float>(cols * sizeof(E) / sizeof(float),
+              [=](int64_t i, int64_t n) PALM_INLINED { put(words + i, vf{}, n, true); });
+}
+
 template <class E>
 static int64_t bwd_rows(const SoftWeakEmbedding& p) {
   using C = typename Of<E>::C;
@@ -180,6 +194,9 @@ static int64_t bwd_rows(const SoftWeakEmbedding& p) {
   if (bad >= 0) return bad;
   const int64_t* starts = s.starts;
   const int64_t end = s.keys + (p.dmask != nullptr), block = p.cols < 8192 ? 8192 / (p.cols + 1) + 1 : 1;
+  const int64_t words = p.cols * sizeof(E) / sizeof(float);
+  const bool streamed = p.cols * sizeof(E) % VB == 0 &&
+                        streams<float>(Rows{p.vocab, 1, {p.vocab}}, Matrix{p.dweight, {words}}, words);
   // Frequent tokens have neighbouring ids in many vocabularies: blocks are handed out one by one.
   parallel_tasks((end + block - 1) / block, [&] { return Scratch<C>(p.cols + W<E>); },
                  [&](Scratch<C>& sum, int64_t task) {
@@ -187,11 +204,15 @@ static int64_t bwd_rows(const SoftWeakEmbedding& p) {
                    for (int64_t key = task * block; key < last; ++key) {
                      const int64_t n = starts[key + 1] - starts[key];
                      E* out = target<E>(p, s, key);
-                     if (n == 0) memset(out, 0, p.cols * sizeof(E));
+                     const bool past = streamed && key < s.keys;
+                     if (n == 0) clear_row(out, p.cols, past);
                      if (n == 0 || n > kLong) continue;
                      sum_entries<E>(p, s.order + starts[key], n, sum);
-                     for (int64_t i = 0; i < p.cols; i += W<E>) store(out + i, load(sum + i), p.cols - i);
+                     const C* from = sum;
+                     each<E>(p.cols, [=](int64_t i, int64_t lanes)
+                                         PALM_INLINED { put(out + i, load(from + i), lanes, past); });
                    }
+                   end_stream();
                  });
   for (int64_t key = 0; key < end; ++key)
     if (const int64_t n = starts[key + 1] - starts[key]; n > kLong)

@@ -17,37 +17,44 @@ static void over_blocks(const Rows& rows, int64_t cols, F&& body) {
       const int64_t col = i % cuts * width;
       body(i / cuts, col, cols - col < width ? cols - col : width);
     }
+    end_stream();
   });
 }
 
 template <class E>
 static void fwd(const Swiglu& p) {
-  over_blocks(p.rows, p.cols, [&](int64_t r, int64_t col, int64_t n) {
+  using V = typename Of<E>::V;
+  const bool streamed = streams<E>(p.rows, p.out, p.cols, p.gate, p.up);
+  over_blocks(p.rows, p.cols, [&, streamed](int64_t r, int64_t col, int64_t n) {
     const E* gate = row<E>(p.rows, p.gate, r) + col;
     const E* up = row<E>(p.rows, p.up, r) + col;
     E* out = row<E>(p.rows, p.out, r) + col;
-    for (int64_t i = 0; i < n; i += W<E>) {
-      const auto g = load(gate + i, n - i);
-      store(out + i, silu(g, vsigmoid(g)) * load(up + i, n - i), n - i);
-    }
+    each<E>(n, [=](int64_t i, int64_t lanes) PALM_INLINED {
+      const V g = load(gate + i, lanes);
+      put(out + i, silu(g, vsigmoid(g)) * load(up + i, lanes), lanes, streamed);
+    });
   });
 }
 
 // dup = dout silu(g), dgate = dout up silu'(g)
 template <class E>
 static void bwd(const Swiglu& p) {
-  const auto one = set1(typename Of<E>::C(1));
-  over_blocks(p.rows, p.cols, [&](int64_t r, int64_t col, int64_t n) {
+  using V = typename Of<E>::V;
+  const V one = set1(typename Of<E>::C(1));
+  const bool streamed = streams<E>(p.rows, p.dgate, p.cols, p.gate, p.up, p.dout) &&
+                        streams<E>(p.rows, p.dup, p.cols, p.gate, p.up, p.dout);
+  over_blocks(p.rows, p.cols, [&, streamed](int64_t r, int64_t col, int64_t n) {
     const E* gate = row<E>(p.rows, p.gate, r) + col;
     const E* up = row<E>(p.rows, p.up, r) + col;
     const E* dout = row<E>(p.rows, p.dout, r) + col;
     E* dgate = row<E>(p.rows, p.dgate, r) + col;
     E* dup = row<E>(p.rows, p.dup, r) + col;
-    for (int64_t i = 0; i < n; i += W<E>) {
-      const auto g = load(gate + i, n - i), d = load(dout + i, n - i), s = vsigmoid(g);
-      store(dup + i, d * silu(g, s), n - i);
-      store(dgate + i, d * load(up + i, n - i) * silu_slope(g, s, one), n - i);
-    }
+    each<E>(n, [=](int64_t i, int64_t lanes) PALM_INLINED {
+      const V g = load(gate + i, lanes), d = load(dout + i, lanes), s = vsigmoid(g);
+      const V u = load(up + i, lanes);
+      put(dup + i, d * silu(g, s), lanes, streamed);
+      put(dgate + i, d * u * silu_slope(g, s, one), lanes, streamed);
+    });
   });
 }
 

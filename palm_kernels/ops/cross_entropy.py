@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import autocast, check_device, check_dim, check_floats, check_integers, check_shape, companion, distinct
-from ..dispatch import define, flops, last_contiguous, needs_autograd, public, refuse_double_backward, select
+from ..dispatch import define, empty, flops, last_contiguous, needs_autograd, public, refuse_double_backward, select
 
 REDUCTIONS = ("none", "mean", "sum")
 # Chunks of logits: bytes at a time, but no fewer rows, because each chunk reads and writes all of the float32 dweight once: on a
@@ -36,7 +36,7 @@ def _bad_target(op: str, row: int, target: Tensor, classes: int, ignore_index: i
 def _allocate_fwd(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, logit_scale, reduction):
     """loss, z, lse, scale: a value a row, or one value (loss and z of mean and sum, and scale)."""
     dtype, shape = _wide(logits.dtype), target.shape if reduction == "none" else ()
-    return tuple(logits.new_empty(s, dtype=dtype) for s in (shape, shape, target.shape, ()))
+    return tuple(empty(logits, s, dtype) for s in (shape, shape, target.shape, ()))
 
 
 _fwd = define(
@@ -50,7 +50,7 @@ _bwd = define(
     "cross_entropy",
     "cross_entropy_bwd(Tensor logits, Tensor dloss, Tensor lse, Tensor scale, Tensor target, Tensor? weight, "
     f"Tensor? token_weight, {_OPTIONS}) -> Tensor",
-    lambda logits, *_: logits.new_empty(logits.shape),
+    lambda logits, *_: empty(logits, logits.shape),
     check=lambda row, logits, dloss, lse, scale, target, *args: _bad_target(
         "cross_entropy", row, target, logits.shape[-1], args[2]
     ),
@@ -134,10 +134,10 @@ def _allocate_linear(hidden, linear_weight, linear_bias, target, weight, token_w
     """loss, z, scale, dhidden, dweight, dbias: gradients that are not wanted are empty, the parameters' are float32."""
     reduction, grad_hidden, grad_weight, grad_bias = options[4], *options[6:]
     wide, shape = _wide(hidden.dtype), target.shape if reduction == "none" else ()
-    loss, z, scale = (hidden.new_empty(s, dtype=wide) for s in (shape, shape, ()))
-    dhidden = hidden.new_empty(hidden.shape if grad_hidden else 0)
-    dweight = hidden.new_empty(linear_weight.shape if grad_weight else 0, dtype=wide)
-    dbias = hidden.new_empty(linear_weight.shape[0] if grad_bias else 0, dtype=wide)
+    loss, z, scale = (empty(hidden, s, wide) for s in (shape, shape, ()))
+    dhidden = empty(hidden, hidden.shape if grad_hidden else (0,))
+    dweight = empty(hidden, linear_weight.shape if grad_weight else (0,), wide)
+    dbias = empty(hidden, linear_weight.shape[:1] if grad_bias else (0,), wide)
     return loss, z, scale, dhidden, dweight, dbias
 
 
@@ -172,9 +172,9 @@ def _chunks(hidden, linear_weight, linear_bias, kept, ignored, row_inputs, row_o
     wanted = any(g is not None for g in grads)
     n, V = row_outputs.shape[1], linear_weight.shape[0]
     step = _chunk_rows(n, V, hidden.element_size(), hidden.device.type)
-    buffer = hidden.new_empty(step, V)
+    buffer = empty(hidden, (step, V))
     narrow = dweight is not None and dweight.dtype != hidden.dtype and hidden.device.type == "cpu"
-    scratch = hidden.new_empty(V, hidden.shape[1]) if narrow else None
+    scratch = empty(hidden, (V, hidden.shape[1])) if narrow else None
     for lo in range(0, n, max(1, step)):
         part = slice(lo, min(n, lo + step))
         h = hidden[part] if kept is None else hidden.index_select(0, kept[part])

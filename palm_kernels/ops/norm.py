@@ -4,30 +4,30 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device, check_floats, check_gain, check_shape, distinct
-from ..dispatch import define, needs_autograd, public, refuse_double_backward
+from ..dispatch import define, empty, needs_autograd, public, refuse_double_backward
 
 
 def _statistic(x: Tensor) -> Tensor:
     """One number a row, float32 (float64 for float64)."""
-    return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return empty(x, x.shape[:-1], torch.promote_types(x.dtype, torch.float32))
 
 
 def _like(x: Tensor, wanted: bool) -> Tensor:
     """An output in x's shape, or an empty one that stands for none: a functional op's outputs are not optional."""
-    return x.new_empty(x.shape if wanted else (0,))
+    return empty(x, x.shape if wanted else (0,))
 
 
 def _gradients(x: Tensor, gain_grads: bool, *gains: Tensor | None) -> tuple[Tensor, ...]:
     """dx and the gradients of weight and bias, empty where there is none."""
-    return x.new_empty(x.shape), *(
-        x.new_empty(0) if g is None else g.new_empty(g.shape if gain_grads else (0,)) for g in gains
+    return empty(x, x.shape), *(
+        x.new_empty(0) if g is None else empty(g, g.shape if gain_grads else (0,)) for g in gains
     )
 
 
 _rms_fwd = define(
     "norm",
     "rms_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
-    lambda x, residual, *_: (x.new_empty(x.shape), _like(x, residual is not None), _statistic(x)),
+    lambda x, residual, *_: (empty(x, x.shape), _like(x, residual is not None), _statistic(x)),
     spread=lambda x, residual, weight, eps, offset, out, total, rstd: (
         *(x, residual, weight, eps, offset, out),
         *(None if residual is None else total, rstd),
@@ -46,7 +46,7 @@ _layer_fwd = define(
     "norm",
     "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float offset) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda x, residual, *_: (x.new_empty(x.shape), _like(x, residual is not None), _statistic(x), _statistic(x)),
+    lambda x, residual, *_: (empty(x, x.shape), _like(x, residual is not None), _statistic(x), _statistic(x)),
     spread=lambda x, residual, weight, bias, eps, offset, out, total, mean, rstd: (
         *(x, residual, weight, bias, eps, offset, out),
         *(None if residual is None else total, mean, rstd),

@@ -22,7 +22,17 @@ from ..checks import (
     check_shape,
     distinct,
 )
-from ..dispatch import define, flops, last_contiguous, needs_autograd, public, refuse_double_backward, select, served
+from ..dispatch import (
+    define,
+    empty,
+    flops,
+    last_contiguous,
+    needs_autograd,
+    public,
+    refuse_double_backward,
+    select,
+    served,
+)
 from .attention import attention_flops, bad_length, check_head_dim, check_prefix, normalise_bias, normalise_window
 from .decode_linear import reads_once
 from .rotary import bad_position, check_tables
@@ -54,7 +64,7 @@ def _body(compose: Callable) -> Callable:
 
 
 def _statistic(x: Tensor, shape) -> Tensor:
-    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    return empty(x, shape, torch.promote_types(x.dtype, torch.float32))
 
 
 def _split(fused: Tensor, H: int, K: int, D: int) -> tuple[Tensor, ...]:
@@ -68,7 +78,7 @@ def _split(fused: Tensor, H: int, K: int, D: int) -> tuple[Tensor, ...]:
 
 def _apply_norm(norm: str, x: Tensor, weight, eps: float, offset: float, mean, rstd, dtype: torch.dtype) -> Tensor:
     """norm(x) as [N,C] in dtype; mean and rstd are written where given."""
-    out = x.new_empty(x.shape)
+    out = empty(x, x.shape)
     if norm == "rms_norm":
         _kernel("norm", "rms_norm_fwd", x)(x, None, weight, eps, offset, out, None, rstd)
     else:
@@ -82,11 +92,11 @@ def _fwd_outputs(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, pre
     B, T, _ = x.shape
     rows = (B, T) if save else (0,)
     return (
-        x.new_empty(x.shape),
+        empty(x, x.shape),
         _statistic(x, rows if norm == "layer_norm" else (0,)),
         _statistic(x, rows),
-        w_in.new_empty((B, T, w_in.shape[0]) if save else (0,)),
-        w_in.new_empty((B, T, H, D) if save else (0,)),
+        empty(w_in, (B, T, w_in.shape[0]) if save else (0,)),
+        empty(w_in, (B, T, H, D) if save else (0,)),
         _statistic(w_in, (B, H, T) if save else (0,)),
     )
 
@@ -98,7 +108,7 @@ def _fwd_body(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix
     out, mean, rstd, fused, attended, lse = outs = _fwd_outputs(*args, *options)
     B, T = x.shape[:2]
     if not save:
-        fused, lse = w_in.new_empty((B, T, w_in.shape[0])), _statistic(w_in, (B, H, T))
+        fused, lse = empty(w_in, (B, T, w_in.shape[0])), _statistic(w_in, (B, H, T))
     statistics = (mean if norm == "layer_norm" else None, rstd) if save else (None, None)
     normed = _apply_norm(norm, x, norm_weight, eps, offset, *statistics, w_in.dtype)
     torch.mm(normed, w_in.t(), out=fused.flatten(0, 1))
@@ -108,7 +118,7 @@ def _fwd_body(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix
         bad = _kernel("rotary", "rotary", part)(part, cos, sin, positions, interleaved, False, part)
         if bad is not None and bad >= 0:
             bad_position("parallel_block", bad, x, cos, positions)
-    mixed = fused.new_empty((B, T, w_out.shape[1]))
+    mixed = empty(fused, (B, T, w_out.shape[1]))
     heads, product = mixed[..., : H * D].unflatten(-1, (H, D)), mixed[..., H * D :]
     _kernel("attention", "attention_fwd", q)(
         q, k, v, key_bias, prefix_lengths, causal, D**-0.5, left, right, heads, lse
@@ -120,18 +130,22 @@ def _fwd_body(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix
     return outs
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out=empty(a, (a.shape[0], b.shape[1])))
+
+
 def _add_product(x: Tensor, a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = x + a b, in one GEMM where the dtypes are one."""
     if x.dtype == a.dtype:
         torch.addmm(x.reshape(-1, x.shape[-1]), a, b, out=out.flatten(0, 1))
     else:  # autocast: the residual stream keeps its own dtype
-        torch.add(x, torch.mm(a, b).view(x.shape), out=out)
+        torch.add(x, _product(a, b).view(x.shape), out=out)
 
 
 def _bwd_outputs(dout, x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix_lengths, *rest):
     """dx, dnorm_weight, dw_in, dw_out, dkey_bias: empty where not wanted."""
     wanted = zip((x, norm_weight, w_in, w_out, key_bias), rest[-1], strict=True)
-    return tuple(t.new_empty(t.shape) if want else x.new_empty(0) for t, want in wanted)
+    return tuple(empty(t, t.shape) if want else x.new_empty(0) for t, want in wanted)
 
 
 @_body
@@ -160,15 +174,15 @@ def _bwd_body(
     q, k, v, gate, up = _split(fused, H, K, D)
     dresult = dout.reshape(-1, x.shape[-1]).to(w_out.dtype)
     if want_out:
-        mixed = fused.new_empty((*x.shape[:2], w_out.shape[1]))
+        mixed = empty(fused, (*x.shape[:2], w_out.shape[1]))
         mixed[..., : H * D].unflatten(-1, (H, D)).copy_(attended)
         _kernel("swiglu", "swiglu_fwd", gate)(gate, up, mixed[..., H * D :])
         torch.mm(dresult.t(), mixed.flatten(0, 1), out=dw_out)
         del mixed
     if not (want_x or want_norm or want_in or want_bias):
         return outs
-    dmixed = torch.mm(dresult, w_out).view(*x.shape[:2], w_out.shape[1])
-    dfused = fused.new_empty(fused.shape)
+    dmixed = _product(dresult, w_out).view(*x.shape[:2], w_out.shape[1])
+    dfused = empty(fused, fused.shape)
     dq, dk, dv, dgate, dup = _split(dfused, H, K, D)
     dheads = dmixed[..., : H * D].unflatten(-1, (H, D))
     options = (causal, D**-0.5, left, right)
@@ -188,7 +202,7 @@ def _bwd_body(
         torch.mm(dprojection.t(), normed, out=dw_in)
         del normed
     if want_x or want_norm:
-        dnormed = torch.mm(dprojection, w_in).view(x.shape).to(x.dtype)
+        dnormed = _product(dprojection, w_in).view(x.shape).to(x.dtype)
         dx = dx if want_x else dnormed  # the kernel writes dx in any case
         gain = dnorm_weight if want_norm else None
         if norm == "rms_norm":

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device, check_dim, check_floats, check_integers, check_shape, companion, distinct
-from ..dispatch import define, needs_autograd, public, refuse_double_backward
+from ..dispatch import define, empty, needs_autograd, public, refuse_double_backward
 
 
 def bad_position(op, row, x, cos, positions):
@@ -21,7 +21,7 @@ def bad_position(op, row, x, cos, positions):
 _rotary = define(
     "rotary",
     "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool conjugate) -> Tensor",
-    lambda x, *_: x.new_empty(x.shape),
+    lambda x, *_: empty(x, x.shape),
     check=lambda row, x, cos, sin, positions, *_: bad_position("rotary", row, x, cos, positions),
 )
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device, check_dim, check_floats, check_integers, check_shape, companion, distinct
-from ..dispatch import define, needs_autograd, public, refuse_double_backward
+from ..dispatch import define, empty, needs_autograd, public, refuse_double_backward
 
 IDS = (torch.int32, torch.int64)
 
@@ -33,7 +33,7 @@ _fwd = define(
     "soft_weak_embedding",
     "soft_weak_embedding_fwd(Tensor ids, Tensor weight, Tensor strength, Tensor? mask_embedding, Tensor? source_ids, "
     "bool variance_preserving) -> Tensor",
-    lambda ids, weight, *_: weight.new_empty((*ids.shape, weight.shape[1])),
+    lambda ids, weight, *_: empty(weight, (*ids.shape, weight.shape[1])),
     spread=lambda ids, weight, strength, mask, source_ids, preserving, out: (
         *(_column(ids), weight, _column(strength), mask, _column(source_ids), preserving, out),
     ),
@@ -47,9 +47,9 @@ def _gradients(dout, ids, strength, weight, mask, source_ids, preserving, vocab,
     """dweight, dmask, dstrength; empty where not asked for."""
     C = dout.shape[-1]
     return (
-        dout.new_empty((vocab, C) if need_weight else (0,)),
-        dout.new_empty((C,) if need_mask else (0,)),
-        strength.new_empty((0,) if weight is None else strength.shape),
+        empty(dout, (vocab, C) if need_weight else (0,)),
+        empty(dout, (C,) if need_mask else (0,)),
+        empty(strength, (0,) if weight is None else strength.shape),
     )
 
 

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from ..checks import autocast, check_floats, check_shape, distinct
-from ..dispatch import define, needs_autograd, public, refuse_double_backward
+from ..dispatch import define, empty, needs_autograd, public, refuse_double_backward
 
-_fwd = define("swiglu", "swiglu_fwd(Tensor gate, Tensor up) -> Tensor", lambda gate, up: gate.new_empty(gate.shape))
+_fwd = define("swiglu", "swiglu_fwd(Tensor gate, Tensor up) -> Tensor", lambda gate, up: empty(gate, gate.shape))
 _bwd = define(
     "swiglu",
     "swiglu_bwd(Tensor dout, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    lambda dout, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+    lambda dout, gate, up: (empty(gate, gate.shape), empty(up, up.shape)),
 )
 
 
@@ -23,14 +23,14 @@ def _halves(x: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
 _packed_fwd = define(
     "swiglu",
     "swiglu_packed_fwd(Tensor x, bool gate_first) -> Tensor",
-    lambda x, gate_first: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+    lambda x, gate_first: empty(x, (*x.shape[:-1], x.shape[-1] // 2)),
     kernel="swiglu_fwd",
     spread=lambda x, gate_first, out: (*_halves(x, gate_first), out),
 )
 _packed_bwd = define(
     "swiglu",
     "swiglu_packed_bwd(Tensor dout, Tensor x, bool gate_first) -> Tensor",
-    lambda dout, x, gate_first: x.new_empty(x.shape),
+    lambda dout, x, gate_first: empty(x, x.shape),
     kernel="swiglu_bwd",
     spread=lambda dout, x, gate_first, dx: (dout, *_halves(x, gate_first), *_halves(dx, gate_first)),
 )
