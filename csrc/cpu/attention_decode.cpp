@@ -4,25 +4,27 @@
 
 namespace palm::cpu::ISA {
 
-constexpr int kBlock = VB == 64 ? 24 : 12;  // keys a step: as many accumulators as the registers hold
-constexpr int kRows = 8;                    // query rows of a P V tile
+constexpr int kKeys = VB == 64 ? 24 : 12;  // keys of a score tile: as many sums as the registers hold
+constexpr int kBlock = 4 * kKeys;          // keys a step: the output's sums are loaded and stored once in it
+constexpr int kRows = 8;                   // query rows of a P V tile
+constexpr int kTileLd = 256 + 16;          // from row to row of a copied block
 
-// scores[keys][L rows] = K[keys][D] Q[D][L]; three lines of `ahead` every two steps.
-template <int keys, class C>
-PALM_INLINE void score_rows(const C* k, int64_t stride, const C* q, int64_t ldq, int64_t D, C* scores,
-                            int64_t lds, Ahead& ahead) {
-  typename Of<C>::V c[keys];
+// scores[kKeys][L rows] = K[kKeys][D] Q[D][L]; three lines of `ahead` every two steps. K's rows are LD
+// apart: with the distance known the loop needs one pointer, without it 24 that no file of registers holds.
+template <int LD, class C>
+static void score_rows(const C* k, const C* q, int64_t ldq, int64_t D, C* scores, int64_t lds, Ahead& ahead) {
+  typename Of<C>::V c[kKeys];
 #pragma GCC unroll 24
-  for (int i = 0; i < keys; ++i) c[i] = typename Of<C>::V{};
+  for (int i = 0; i < kKeys; ++i) c[i] = typename Of<C>::V{};
   for (int64_t d = 0; d < D; ++d) {
     const auto b = load(q + d * ldq);
     ahead.fetch();
     if (d & 1) ahead.fetch();
 #pragma GCC unroll 24
-    for (int i = 0; i < keys; ++i) c[i] += set1(k[i * stride + d]) * b;
+    for (int i = 0; i < kKeys; ++i) c[i] += set1(k[i * LD + d]) * b;
   }
 #pragma GCC unroll 24
-  for (int i = 0; i < keys; ++i) store(scores + i * lds, c[i]);
+  for (int i = 0; i < kKeys; ++i) store(scores + i * lds, c[i]);
 }
 
 // out[kRows][NP] = alpha out + P[n][kRows]^T V[n][NP]; one line of `ahead` a step.
@@ -65,43 +67,42 @@ struct DecodeState {
   DecodeState(const DecodePlan& x, int64_t D)
       : x(x),
         queries(x.room * D),
-        tile(kBlock * x.width),
+        tile(kBlock * kTileLd),
         scores(kBlock * x.room),
         alpha(x.room),
         lo(x.room),
         hi(x.room) {}
 
-  // Rows [n0, n0 + count) of the cache in compute type, zero beyond D and where the key is removed; in place
-  // where they can be.
-  const C* rows_of(const DecodeChunk<E>& c, const Heads& cache, int64_t n0, int64_t count, bool pad,
-                   int64_t& stride) {
-    if constexpr (sizeof(E) == sizeof(C)) {
-      if (!c.p.key_bias && !(pad && c.p.D % (2 * L))) {
-        stride = cache.token;
-        return reinterpret_cast<const C*>(c.key(cache, n0));
-      }
-    }
-    stride = x.width;
-    for (int64_t i = 0; i < count; ++i)
-      pack_row(c.removed(n0 + i) ? nullptr : c.key(cache, n0 + i), c.p.D, C(1), tile + i * x.width, 2 * L);
+  // `room` rows of the cache from n0 on in compute type, zero beyond D, beyond the count and where the key is
+  // removed.
+  const C* copy(const DecodeChunk<E>& c, const Heads& cache, int64_t n0, int64_t count, int64_t room) {
+    for (int64_t i = 0; i < room; ++i)
+      pack_row(i >= count || c.removed(n0 + i) ? nullptr : c.key(cache, n0 + i), c.p.D, C(1),
+               tile + i * kTileLd, 2 * L);
     return tile;
+  }
+
+  // Scores of kKeys keys from n0 on, of which `count` are there.
+  void score(const DecodeChunk<E>& c, int64_t n0, int64_t count, C* to, Ahead& values) {
+    const Attention& p = c.p;
+    const bool whole = sizeof(E) == sizeof(C) && !p.key_bias && count >= kKeys && p.k.token == p.D;
+    const auto kernel = whole && p.D == 64    ? score_rows<64, C>
+                        : whole && p.D == 128 ? score_rows<128, C>
+                        : whole && p.D == 256 ? score_rows<256, C>
+                                              : score_rows<kTileLd, C>;
+    const C* k = kernel == score_rows<kTileLd, C> ? copy(c, p.k, n0, count, kKeys)
+                                                  : reinterpret_cast<const C*>(c.key(p.k, n0));
+    for (int64_t r = 0; r < x.room; r += L) kernel(k, queries + r, x.room, p.D, to + r, x.room, values);
   }
 
   void block(const DecodeChunk<E>& c, int64_t n0, int64_t count, int64_t end) {
     const Attention& p = c.p;
-    int64_t stride;
-    const C* k = rows_of(c, p.k, n0, count, false, stride);
     Ahead values = c.ahead(p.v, n0, count);
-    for (int64_t r = 0; r < x.room; r += L) {
-      C* to = scores + r;
-      if (count == kBlock)
-        score_rows<kBlock, C>(k, stride, queries + r, x.room, p.D, to, x.room, values);
-      else
-        for (int64_t i = 0; i < count; ++i)
-          score_rows<1, C>(k + i * stride, stride, queries + r, x.room, p.D, to + i * x.room, x.room, values);
-    }
+    for (int64_t i = 0; i < count; i += kKeys) score(c, n0 + i, count - i, scores + i * x.room, values);
     c.softmax(scores, n0, count, lo, hi, alpha);
-    const C* v = rows_of(c, p.v, n0, count, true, stride);
+    const bool whole = sizeof(E) == sizeof(C) && !p.key_bias && p.D % (2 * L) == 0;
+    const int64_t stride = whole ? p.v.token : kTileLd;
+    const C* v = whole ? reinterpret_cast<const C*>(c.key(p.v, n0)) : copy(c, p.v, n0, count, count);
     Ahead keys = c.ahead(p.k, n0 + count, least(kBlock, end - n0 - count));
     for (int64_t d = 0; d < x.width; d += 2 * L)
       for (int64_t r = 0; r < x.room; r += kRows)
