@@ -185,7 +185,7 @@ def empty(like: Tensor, shape, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or like.dtype
         if dtype.is_floating_point and math.prod(shape) * dtype.itemsize >= LEAST_KEPT:
             out = torch.ops.palm_kernels_cpu.empty(shape, dtype, dtype.itemsize)
-            if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+            if torch.are_deterministic_algorithms_enabled() and torch._C._get_deterministic_fill_uninitialized_memory():
                 out.fill_(math.nan)  # as torch.empty does then
             return out
     return like.new_empty(shape, dtype=dtype)

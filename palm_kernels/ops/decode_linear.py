@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import HALVES, autocast, check_device, check_dim, check_floats, check_shape
-from ..dispatch import define, flops, public, served
+from ..dispatch import define, empty, flops, public, served
 
 MOST_ROWS = 16  # beyond, a GEMM reads the weight no more often either
 
 _linear = define(
     "decode_linear",
     "decode_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda x, weight, bias: empty(x, (*x.shape[:-1], weight.shape[0])),
 )
 flops(_linear, lambda x, weight, *_, out_shape=None, **__: 2 * math.prod(x) * weight[0])
 

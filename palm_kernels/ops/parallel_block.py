@@ -316,7 +316,7 @@ def block_step(
     if x.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
     x, w_in, w_out = last_contiguous(x), last_contiguous(w_in), last_contiguous(w_out)
-    fused = x.new_empty((*x.shape[:2], w_in.shape[0]))
+    fused = empty(x, (*x.shape[:2], w_in.shape[0]))
     bad = _kernel("parallel_block", "block_inputs", x)(
         x, norm_weight, w_in, cos, sin, positions, H, K, D, norm, eps, norm_offset, interleaved, fused
     )
@@ -326,7 +326,7 @@ def block_step(
     k, v, lengths, bias = extend(*torch.split_with_sizes(new, [K, K], 2))
     left, right = normalise_window("parallel_block", window, True)
     bias = normalise_bias("parallel_block", bias, x, k.shape[:2], "[B,Smax] or [1,Smax]")
-    out = x.new_empty(x.shape)
+    out = empty(x, x.shape)
     bad = _kernel("parallel_block", "block_output", x)(
         x, fused, last_contiguous(k), last_contiguous(v), lengths, bias, H, left, right, w_out, out
     )
