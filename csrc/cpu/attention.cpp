@@ -11,7 +11,7 @@ namespace palm::cpu::ISA {
 
 constexpr int kForwardPanels =
     2;  // 96 rows of queries (AVX-512): within 3 % for 1 to 2 panels and 192 to 512 keys
-constexpr int kForwardKeys = 192;
+constexpr int kForwardKeys = 144;
 
 // Online softmax of one panel of scores [count][MP]: exponentials in place, m and l updated, alpha = the
 // factor of what was before.

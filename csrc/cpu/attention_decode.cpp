@@ -5,7 +5,7 @@
 namespace palm::cpu::ISA {
 
 constexpr int kKeys = VB == 64 ? 24 : 12;  // keys of a score tile: as many sums as the registers hold
-constexpr int kBlock = 4 * kKeys;          // keys a step: the output's sums are loaded and stored once in it
+constexpr int kBlock = 2 * kKeys;          // keys a step: the output's sums are loaded and stored once in it
 constexpr int kRows = 8;                   // query rows of a P V tile
 constexpr int kTileLd = 256 + 16;          // from row to row of a copied block
 

