@@ -141,7 +141,7 @@ struct Product {
     for (; c < whole; c += line, xs += line, ahead += line) {
 #pragma GCC unroll 4
       for (int j = 0; j < kOutputs; ++j)
-        if (from <= j && j < to) __builtin_prefetch(ahead + j * p.weight_stride);
+        if (from <= j && j < to) __builtin_prefetch(ahead + j * p.weight_stride, 0, 2);  // to L2: 5 % over L1
       multiply(w, c, xs, ldx, sum);
     }
     if (c < end) {
