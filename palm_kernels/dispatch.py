@@ -39,6 +39,7 @@ KERNELS = {  # public op: (stem, backend function) pairs that serve it
 KERNELS["parallel_block"] = tuple(
     k for op in ("attention", "rotary", "rms_norm", "layer_norm", "swiglu") for k in KERNELS[op]
 )
+CPU_ONLY = ("decode_linear",)  # where torch serves a GPU as well
 ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # device type: backends, first choice first
 CUDA_ORDER_REASON = "neither is measured on a GPU yet; Triton compiles for the very chip it meets"
 NAMES = ("auto", "cpu", "triton", "cuda", "reference")

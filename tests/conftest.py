@@ -46,3 +46,7 @@ if settings is not None:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:  # left by a test of a command line
+        torch.set_num_threads(threads)

@@ -73,7 +73,7 @@ def test_targets_name_cases_that_are_measured():
             op == "attention" and case["D"] == D and gpu_targets.LONG.items() <= case.items() for op, case in made
         )
     assert gpu_targets.BLOCK in gpu.BLOCK and "eager" in gpu.LINEAR
-    assert set(gpu.BENCHES) == set(report.STEMS) - {"model", "decode_linear"}
+    assert set(gpu.BENCHES) == set(report.STEMS) - {"model"}
 
 
 def series(op, grows, label, mode="forward", **case):

@@ -76,10 +76,10 @@ def test_several_chunks(dtype, reduction, ignored, small_chunks):
 
 
 def test_chunk_sizes():
-    """Tens (CUDA: hundreds) of MB of logits, never fewer than 256 (2048) rows where there are as many, nearly equal chunks."""
-    assert module._chunk_rows(8192, 256_000, 4) == 256
-    assert module._chunk_rows(8192, 32_000, 4) == 256
-    assert module._chunk_rows(300, 32_000, 4) == 150
+    """Tens (CUDA: hundreds) of MB of logits, never fewer than 384 (2048) rows where there are as many, nearly equal chunks."""
+    assert module._chunk_rows(8192, 256_000, 4) == 373
+    assert module._chunk_rows(8192, 32_000, 4) == 373
+    assert module._chunk_rows(300, 32_000, 4) == 300
     assert module._chunk_rows(5000, 9, 4) == 5000
     assert module._chunk_rows(0, 9, 4) == 0
     assert module._chunk_rows(16384, 128_000, 2, "cuda") == 2048

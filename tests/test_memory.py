@@ -15,8 +15,7 @@ from helpers import ON_CPU_KERNELS, opcheck, randn
 import palm_kernels as pk
 from palm_kernels import dispatch
 
-if not (ON_CPU_KERNELS and dispatch._keeps_memory):
-    pytest.skip("no memory is kept here", allow_module_level=True)
+pytestmark = pytest.mark.skipif(not (ON_CPU_KERNELS and dispatch._keeps_memory), reason="no memory is kept here")
 OPS = torch.ops.palm_kernels_cpu
 MIB = 2**20
 

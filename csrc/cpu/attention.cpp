@@ -355,20 +355,11 @@ static void backward(const Attention& p) {
   const int64_t chunks = chunk_count(p, keys.tiles), cell = 2 * width + 1;
   Scratch<C> sums(keys.room * p.K * chunks * cell + 64);
   const Backward<E> x{keys, K, V, key_panels, width};
-  parallel_tasks(
-      p.B * p.K * chunks, [&] { return BackwardState<C>(M, p.D, width); },
-      [&](BackwardState<C>& w, int64_t i) {
-        const int64_t b = i / chunks / p.K, kh = i / chunks % p.K, c = i % chunks;
-        const Sequence& s = keys.seq[b];
-        C* dk = sums + (s.keys * p.K + kh * s.room) * chunks * cell + c * s.room * cell;
-        memset(dk, 0, s.room * cell * sizeof(C));
-        const int64_t tiles = (b + 1 < p.B ? keys.seq[b + 1].tile : keys.tiles) - s.tile;
-        for (int64_t j = 0; j * chunks < tiles; ++j) {
-          const int64_t tile = tile_of_chunk(j, c, chunks);
-          if (tile < tiles)
-            backward_tile<E>(x, s.tile + tile, kh, w, dk, dk + s.room * width,
-                             p.dbias ? dk + 2 * s.room * width : nullptr);
-        }
+  over_chunks(
+      keys, chunks, cell, sums.data, [&] { return BackwardState<C>(M, p.D, width); },
+      [&](BackwardState<C>& w, const Sequence& s, int64_t tile, int64_t kh, C* dk) {
+        backward_tile<E>(x, tile, kh, w, dk, dk + s.room * width,
+                         p.dbias ? dk + 2 * s.room * width : nullptr);
       });
   over_keys(keys, 1, [&](const Sequence& s, int64_t, int64_t n0, int64_t n1) {
     for (int64_t j = n0; j < least(n1, s.S); ++j) reduce_key<E>(keys, s, j, sums.data, chunks, width);

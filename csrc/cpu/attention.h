@@ -176,10 +176,23 @@ inline int64_t chunk_count(const Attention& p, int64_t tiles) {
   return most(1, least(least((31 + pairs) / pairs, room), tiles));
 }
 
-// The j-th tile of a chunk, to and fro, so that a causal mask loads the chunks alike; beyond the last tile:
-// none.
-PALM_INLINE int64_t tile_of_chunk(int64_t j, int64_t chunk, int64_t chunks) {
-  return j * chunks + (j & 1 ? chunks - 1 - chunk : chunk);
+// body(state, s, tile, kh, sums) for every row tile, the tiles of a chunk one after the other: its sums,
+// `cell` elements a key and zeroed, stand by [kh][chunk] behind those of the sequences before. To and fro, so
+// that a causal mask loads the chunks alike.
+template <class C, class S, class F>
+static void over_chunks(const Keys<C>& keys, int64_t chunks, int64_t cell, C* sums, S&& setup, F&& body) {
+  const Attention& p = keys.p;
+  parallel_tasks(p.B * p.K * chunks, setup, [&](auto& state, int64_t i) {
+    const int64_t b = i / chunks / p.K, kh = i / chunks % p.K, c = i % chunks;
+    const Sequence& s = keys.seq[b];
+    C* own = sums + (s.keys * p.K + kh * s.room) * chunks * cell + c * s.room * cell;
+    memset(own, 0, s.room * cell * sizeof(C));
+    const int64_t tiles = (b + 1 < p.B ? keys.seq[b + 1].tile : keys.tiles) - s.tile;
+    for (int64_t j = 0; j * chunks < tiles; ++j) {
+      const int64_t tile = j * chunks + (j & 1 ? chunks - 1 - c : c);
+      if (tile < tiles) body(state, s, s.tile + tile, kh, own);
+    }
+  });
 }
 
 // ---- a tile of query rows ----

@@ -444,20 +444,10 @@ int64_t attention_bwd(const Attention& p) {
   const int64_t chunks = chunk_count(p, keys.tiles), cell = 2 * width + 1;
   Scratch<float> sums(keys.room * p.K * chunks * cell + 64);
   const PairsKeys x{keys, K, V, K_dims};
-  parallel_tasks(
-      p.B * p.K * chunks, [&] { return PairsBackward(M, width); },
-      [&](PairsBackward& w, int64_t i) {
-        const int64_t b = i / chunks / p.K, kh = i / chunks % p.K, c = i % chunks;
-        const Sequence& s = keys.seq[b];
-        float* dk = sums + (s.keys * p.K + kh * s.room) * chunks * cell + c * s.room * cell;
-        memset(dk, 0, s.room * cell * sizeof(float));
-        const int64_t tiles = (b + 1 < p.B ? keys.seq[b + 1].tile : keys.tiles) - s.tile;
-        for (int64_t j = 0; j * chunks < tiles; ++j) {
-          const int64_t tile = tile_of_chunk(j, c, chunks);
-          if (tile < tiles)
-            backward_tile(x, s.tile + tile, kh, w, dk, dk + s.room * width,
-                          p.dbias ? dk + 2 * s.room * width : nullptr);
-        }
+  over_chunks(
+      keys, chunks, cell, sums.data, [&] { return PairsBackward(M, width); },
+      [&](PairsBackward& w, const Sequence& s, int64_t tile, int64_t kh, float* dk) {
+        backward_tile(x, tile, kh, w, dk, dk + s.room * width, p.dbias ? dk + 2 * s.room * width : nullptr);
       });
   over_keys(keys, 1, [&](const Sequence& s, int64_t, int64_t n0, int64_t n1) {
     reduce(keys, s, n0, n1, sums.data, chunks, width);

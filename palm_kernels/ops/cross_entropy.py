@@ -15,8 +15,8 @@ from ..dispatch import define, empty, flops, last_contiguous, needs_autograd, pu
 
 REDUCTIONS = ("none", "mean", "sum")
 # Chunks of logits: bytes at a time, but no fewer rows, because each chunk reads and writes all of the float32 dweight once: on a
-# CPU a twentieth of the three GEMMs' time at 256 rows (C = 1024), by an H100's data sheet a tenth at 2048.
-CHUNKS = {"cpu": (2**25, 256), "cuda": (2**29, 2048)}
+# CPU a twentieth of the three GEMMs' time at 384 rows (C = 1024), by an H100's data sheet a tenth at 2048.
+CHUNKS = {"cpu": (2**25, 384), "cuda": (2**29, 2048)}
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float logit_scale"
 
 

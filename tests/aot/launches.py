@@ -18,7 +18,9 @@ INT32, INT64 = torch.int32, torch.int64
 B, T = 4, 2048
 H, D, F, V = 16, 256, 16384, 256_000  # PaLM 8B
 FUSED = (H + 2) * D + 2 * F  # its projection [q | k | v | gate | up]
-STEM_OF = {launcher: stem for pairs in dispatch.KERNELS.values() for stem, launcher in pairs}
+STEM_OF = {
+    launcher: stem for op, pairs in dispatch.KERNELS.items() if op not in dispatch.CPU_ONLY for stem, launcher in pairs
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ def test_nothing_spills_in_the_library():
     """Spills show as a stack. Every architecture and every op must be in it."""
     done = subprocess.run([TOOLS / "cuobjdump", "-res-usage", LIBRARY], capture_output=True, text=True, check=True)
     usage = re.findall(r"Function (\w+):\s*\n\s*REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
-    stems = {stem for kernels in dispatch.KERNELS.values() for stem, _ in kernels}
+    stems = {stem for op, kernels in dispatch.KERNELS.items() if op not in dispatch.CPU_ONLY for stem, _ in kernels}
     assert len(usage) > 250 and all(any(f"{stem}_" in name for name, *_ in usage) for stem in stems)
     assert [name for name, _, stack in usage if stack != "0"] == []
 
