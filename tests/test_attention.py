@@ -77,6 +77,13 @@ def options(name, B):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scale_of_zero_or_less(scale, dtype):
+    check_op("attention", *qkv(2, 20, 30, 4, 1, 64, dtype), causal=True, scale=scale, return_lse=True)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_matches_reference(option, dtype):
     for case, (B, T, S, H, K, D) in enumerate(SHAPES):

@@ -63,7 +63,14 @@ static void load_tile(const RowTile<bf16>& rows, const Heads& x, const bool* dea
 struct Scores {
   const float *position, *bias;  // of the sequence's kept keys
   float scale;
-  bool natural;
+  bool natural;  // with a bias, and where a scale of 0 or less would turn -inf or the maximum over
+
+  Scores(const Keys<float>& keys, const Sequence& s)
+      : position(keys.position + s.keys),
+        bias(keys.p.key_bias ? keys.bias + s.keys : nullptr),
+        scale(float(keys.p.scale)),
+        natural(bias || !(scale > 0)) {}
+  float unit() const { return natural ? 1.0f : scale; }
 
   // One 32 x 32 block at key n and row r of the tile.
   void finish(const RowTile<bf16>& rows, float* s, int64_t ld, int64_t n, int64_t r) const {
@@ -202,9 +209,8 @@ static void forward_tile(const Keys<float>& keys, const PackedPairs& K, const Pa
   const RowTile<bf16> rows(keys, tile, kh, w.M, w.plan);
   const Sequence& s = rows.s;
   const int64_t width = V.width;
-  const Scores scores{keys.position + s.keys, p.key_bias ? keys.bias + s.keys : nullptr, float(p.scale),
-                      p.key_bias || !(p.scale > 0)};
-  const float unit = scores.natural ? 1.0f : scores.scale;
+  const Scores scores(keys, s);
+  const float unit = scores.unit();
   load_tile(rows, p.q, nullptr, w.queries);
   for (int i = 0; i < w.M; ++i) w.m[i] = -__builtin_inff(), store(w.l + i * 16, vf{});
   for (int64_t n0 = rows.n_begin; n0 < rows.n_end; n0 += B::N) {
@@ -347,7 +353,7 @@ static void backward_block(const PairsKeys& x, const RowTile<bf16>& rows, const 
       product(w.douts + r * kRowsLd, kRowsLd, x.V.columns_of_keys(s, kh, n0 + n), width, w.dprobs + n,
               B::scores, true);
     }
-    gradients_strip(w, r, nn, scores.natural ? 1.0f : scores.scale, dbias ? dbias + n0 : nullptr);
+    gradients_strip(w, r, nn, scores.unit(), dbias ? dbias + n0 : nullptr);
     for (int64_t d = 0; d < width; d += kPanel)
       product(w.dscore_rows, B::probs, x.K_dims.columns_of_dims(s, kh, n0, d), nn, w.dq + r * width + d,
               width, n0 == rows.n_begin);
@@ -366,9 +372,7 @@ static void backward_tile(const PairsKeys& x, int64_t tile, int64_t kh, PairsBac
                           float* dv, float* dbias) {
   const Attention& p = x.keys.p;
   const RowTile<bf16> rows(x.keys, tile, kh, w.M, w.plan);
-  const Sequence& s = rows.s;
-  const Scores scores{x.keys.position + s.keys, p.key_bias ? x.keys.bias + s.keys : nullptr, float(p.scale),
-                      p.key_bias != nullptr};
+  const Scores scores(x.keys, rows.s);
   const bool any = rows.n_end > rows.n_begin;
   if (any) load_rows(rows, w);
   for (int64_t n0 = rows.n_begin; n0 < rows.n_end; n0 += PairsBackward::B::N)
