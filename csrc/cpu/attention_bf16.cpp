@@ -136,7 +136,7 @@ struct PairsForward {
   using B = Block<256>;
   static constexpr int64_t M = 64;
   Scratch<bf16> queries, probs;
-  Scratch<float> scores, out, m, l, base;
+  Scratch<float> scores, out, m, l;
   RowPlan<float> plan;
   Tiles tiles;
   explicit PairsForward(int64_t width)
@@ -146,7 +146,6 @@ struct PairsForward {
         out(M * width),
         m(M),
         l(M * 16),  // a vector a row
-        base(M),
         plan(M) {}
 };
 
@@ -154,18 +153,18 @@ struct PairsForward {
 static void softmax_strip(PairsForward& w, int64_t r, int64_t nn, float unit, int64_t width, bool first) {
   using B = PairsForward::B;
   const vf none = set1(-__builtin_inff()), log2 = set1(unit * kLog2e);
-  float alpha[kStrip];
+  float alpha[kStrip], base_of[kStrip];
   bool moved = false;
   for (int i = 0; i < kStrip; i += 16) {
     const vf old = load(w.m + r + i), top = vmax(row_maxima(w.scores + i * B::scores, B::scores, nn), old);
     const vf base = top == none ? vf{} : top;  // nothing visible yet: exp(-inf - 0) = 0
     store(w.m + r + i, top);
-    store(w.base + r + i, base);
+    store(base_of + i, base);
     store(alpha + i, exp2_low((old - base) * log2));
     moved |= _mm512_cmp_ps_mask((__m512)old, (__m512)top, _CMP_NEQ_UQ) != 0;
   }
   for (int i = 0; i < kStrip; ++i) {
-    const vf base = set1(w.base[r + i]);
+    const vf base = set1(base_of[i]);
     vf sum0 = load(w.l + (r + i) * 16) * set1(alpha[i]), sum1{};
     const float* s = w.scores + i * B::scores;
     for (int64_t n = 0; n < nn; n += 32) {
