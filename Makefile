@@ -23,7 +23,7 @@ help:
 setup: .venv/ready build
 .venv/ready: pyproject.toml
 	test -x $(PY) || python3 -m venv .venv
-	$(PY) -m pip install -q "$(TORCH)" numpy "setuptools>=77" ninja wheel
+	$(PY) -m pip install -q "$(TORCH)" numpy "setuptools>=77" ninja wheel setuptools_scm  # seqeval's sdist asks for the last
 	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 build: palm_kernels/_cpu.so
