@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .ops.attention import attention
 from .ops.cross_entropy import linear_cross_entropy
 from .ops.norm import layer_norm, rms_norm
-from .ops.parallel_block import block_step, parallel_block, step_serves
+from .ops.parallel_block import parallel_block
 from .ops.rotary import rotary, rotary_tables
 from .ops.soft_weak_embedding import soft_weak_embedding
 from .ops.swiglu import swiglu, swiglu_packed
@@ -147,14 +147,22 @@ class MultiQueryAttention(nn.Module):
         return self.out_proj(attention(q, k, v, **keywords).flatten(-2))  # type: ignore
 
 
-def why_not_plain(name: str, module: nn.Module, kind: type, x: Tensor | None = None) -> str | None:
-    """Why an op must not reach past module.forward to module.weight (for the input x, where given); None if it may."""
+def why_called(name: str, module: nn.Module, kind: type) -> str | None:
+    """Why a module must be called, and nothing may reach past its forward; None if it is exactly its kind."""
+    own = module.__dict__
     if type(module) is not kind:
         return f"{name} is {type(module).__module__}.{type(module).__qualname__}"
-    if "forward" in module.__dict__:
+    if "forward" in own:
         return f"{name} has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return f"{name} has hooks"
+    return None
+
+
+def why_not_plain(name: str, module: nn.Module, kind: type, x: Tensor | None = None) -> str | None:
+    """Why an op must not reach past module.forward to module.weight (for the input x, where given); None if it may."""
+    if reason := why_called(name, module, kind):
+        return reason
     weight = module._parameters.get("weight")
     if weight is None:
         return f"{name}.weight is no parameter"
@@ -170,8 +178,7 @@ class ParallelBlock(nn.Module):
 
     Children: norm, in_proj [(heads + 2 kv_heads) head_dim + 2 hidden_dim, dim], out_proj [dim, heads head_dim + hidden_dim],
     without biases. Takes the fused `parallel_block` if all three are exactly themselves: no hooks, parametrizations, offloaded
-    weights or subclasses (LoRA, quantised). Otherwise it calls its children one by one; `path()` says which. With `attend`
-    too, but for a few tokens and a cache, without grad.
+    weights or subclasses (LoRA, quantised). Otherwise, and with `attend`, it calls its children one by one; `path()` says which.
     """
 
     def __init__(
@@ -227,34 +234,27 @@ class ParallelBlock(nn.Module):
         prefix_lengths=None,
         positions=None,
         attend=None,
-        extend=None,
     ):
         """x [B, T, dim], cos and sin as `rotary_tables` gives them, the rest as in `parallel_block` -> [B, T, dim].
 
         attend(q, k, v) [B, T, heads, head_dim], where given, stands in for `attention` under these masks (a cache, packed rows).
-        extend(k, v) beside it says that attend is attention_decode of (k_cache, v_cache, cache_lengths, key_bias), which extend returns,
-        under window: then few new tokens take `block_step`.
         """
         mask = {"causal": causal, "key_bias": key_bias, "window": window, "prefix_lengths": prefix_lengths}
-        step = extend is not None and step_serves(x)
-        if self.why_composed(x) is not None or not (attend is None or step):
+        if attend is not None or self.why_composed(x) is not None:
             return self._compose(x, cos, sin, attend or (lambda q, k, v: attention(q, k, v, **mask)), positions)
-        norm = self.norm
-        options = {
-            "heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "norm": self.norm_kind,
-            "eps": norm.eps,
-            "norm_offset": norm.offset,
-            "window": window,
-            "positions": positions,
-            "interleaved": self.interleaved,
-        }
-        tensors = x, norm.weight, self.in_proj.weight, self.out_proj.weight, cos, sin
-        if step:
-            return block_step(*tensors, extend, **options)
-        return parallel_block(*tensors, **options, causal=causal, key_bias=key_bias, prefix_lengths=prefix_lengths)
+        weights = self.norm.weight, self.in_proj.weight, self.out_proj.weight
+        return parallel_block(
+            *(x, *weights, cos, sin),
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            norm=self.norm_kind,
+            eps=self.norm.eps,
+            norm_offset=self.norm.offset,
+            positions=positions,
+            interleaved=self.interleaved,
+            **mask,
+        )
 
     def _compose(self, x, cos, sin, attend, positions):
         H, K, D = self.heads, self.kv_heads, self.head_dim

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 #if defined(__x86_64__)
@@ -208,57 +209,90 @@ static void decode_linear(Tensor x, Tensor weight, OptionalTensor bias, Tensor o
   linear(x, weight, bias, {}, out);
 }
 
-// PaLM's block up to the keys and values that a cache takes, and from there on: one call each, because at a
-// few rows the calls themselves are what costs.
-static int64_t block_inputs(Tensor x, OptionalTensor norm_weight, Tensor w_in, Tensor cos, Tensor sin,
-                            OptionalTensor positions, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                            std::string norm, double eps, double norm_offset, bool interleaved,
-                            Tensor fused) {
+// PaLM's blocks on a few new tokens x [B,T,C], each against its cache [B,K,S,D], in one call: at such sizes
+// the calls are what costs. The caches hold cache_lengths [B] tokens, of which the last T are written here.
+// A norm weight more than blocks is the norm's behind them. Returns the first bad position, or -1.
+static int64_t decode_blocks(Tensor x, std::vector<Tensor> norm_weights, std::vector<Tensor> w_in,
+                             std::vector<Tensor> w_out, Tensor cos, Tensor sin, OptionalTensor positions,
+                             std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, Tensor cache_lengths,
+                             OptionalTensor key_bias, int64_t heads, std::string norm, double eps,
+                             double norm_offset, int64_t left, int64_t right, bool interleaved, Tensor out) {
+  using torch::stable::narrow, torch::stable::view, torch::stable::transpose;
+  const size_t count = w_in.size();
+  STD_TORCH_CHECK(count > 0 && norm_weights.size() - count <= 1 && w_out.size() == count &&
+                      k_caches.size() == count && v_caches.size() == count,
+                  "decode_blocks: weights and caches of different counts");
   const int64_t B = x.size(0), T = x.size(1), C = x.size(2);
-  STD_TORCH_CHECK(w_in.size(1) == C && w_in.size(0) >= (heads + 2 * kv_heads) * head_dim,
-                  "parallel_block: x has ", C, " columns, in_proj is [", w_in.size(0), ", ", w_in.size(1),
-                  "]");
-  STD_TORCH_CHECK(!norm_weight || norm_weight->numel() == C, "parallel_block: norm_weight is not [", C, "]");
+  const int64_t K = k_caches[0].size(1), S = k_caches[0].size(2), D = k_caches[0].size(3);
+  const int64_t width = heads * D, behind = width + 2 * K * D, F = w_out[0].size(1) - width;
+  STD_TORCH_CHECK(F >= 0 && w_in[0].size(0) == behind + 2 * F, "decode_blocks: out_proj is [",
+                  w_out[0].size(0), ", ", w_out[0].size(1), "], in_proj has ", w_in[0].size(0), " rows");
   STD_TORCH_CHECK(
       !positions || (positions->size(-1) == T && positions->numel() == (positions->dim() == 2 ? B : 1) * T),
-      "parallel_block: positions are not [", T, "] or [", B, ", ", T, "]");
+      "decode_blocks: positions are not [", T, "] or [", B, ", ", T, "]");
+  const Dtype dtype = bindings::dtype_of(x);
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(w_in[i].size(1) == C && w_out[i].size(0) == C,
+                    "decode_blocks: x has ", C, " columns, in_proj is [", w_in[i].size(0), ", ",
+                    w_in[i].size(1), "], out_proj has ", w_out[i].size(0), " rows");
+    for (const Tensor& cache : {k_caches[i], v_caches[i]})
+      STD_TORCH_CHECK(cache.dim() == 4 && cache.size(0) == B && cache.size(1) == K && cache.size(2) == S &&
+                          cache.size(3) == D && cache.stride(3) == 1 && bindings::dtype_of(cache) == dtype,
+                      "decode_blocks: the cache of block ", i, " does not fit");
+  }
+  STD_TORCH_CHECK(cache_lengths.numel() == B, "decode_blocks: cache_lengths are not [", B, "]");
+  const int32_t* lengths = bindings::int32s(cache_lengths);
+  for (int64_t b = 0; b < B; ++b)
+    STD_TORCH_CHECK(T <= lengths[b] && lengths[b] <= S, "decode_blocks: cache_lengths[", b, "] is ",
+                    lengths[b], ", need at least the ", T, " new tokens and at most the cache's ", S);
+
+  Tensor fused = torch::stable::new_empty(x, {B, T, behind + 2 * F});
+  Tensor mixed = torch::stable::new_empty(x, {B, T, width + F});
   const Tensor normed = torch::stable::empty_like(x);
-  if (norm == "rms_norm")
-    bindings::rms_norm_fwd(x, {}, norm_weight, eps, norm_offset, normed, {}, {});
-  else
-    bindings::layer_norm_fwd(x, {}, norm_weight, {}, eps, norm_offset, normed, {}, {}, {});
-  linear(normed, w_in, {}, {}, fused);
-  Tensor rotated = fused;
-  rotated = torch::stable::narrow(rotated, 2, 0, (heads + kv_heads) * head_dim);
-  rotated = torch::stable::view(rotated, {B, T, heads + kv_heads, head_dim});
-  return bindings::rotary(rotated, cos, sin, positions, interleaved, false, rotated);
-}
-static int64_t block_output(Tensor x, Tensor fused, Tensor k, Tensor v, Tensor cache_lengths,
-                            OptionalTensor key_bias, int64_t heads, int64_t left, int64_t right, Tensor w_out,
-                            Tensor out) {
-  const int64_t B = x.size(0), T = x.size(1), S = k.size(1), K = k.size(2), D = k.size(3);
-  const int64_t width = heads * D, F = w_out.size(1) - width, behind = width + 2 * K * D;
-  STD_TORCH_CHECK(F >= 0 && fused.size(2) == behind + 2 * F, "parallel_block: out_proj is [", w_out.size(0),
-                  ", ", w_out.size(1), "], in_proj has ", fused.size(2), " rows");
-  STD_TORCH_CHECK(k.size(0) == B && v.size(0) == B && v.size(1) == S && v.size(2) == K && v.size(3) == D &&
-                      cache_lengths.numel() == B && bindings::dtype_of(k) == bindings::dtype_of(x) &&
-                      bindings::dtype_of(v) == bindings::dtype_of(x),
-                  "parallel_block: the cache does not fit");
-  Tensor rows = fused;  // the stable ABI's views take a reference that is not const
-  const Tensor q = torch::stable::view(torch::stable::narrow(rows, 2, 0, width), {B, T, heads, D});
-  Tensor mixed = torch::stable::new_empty(fused, {B, T, width + F});
-  const Tensor attended = torch::stable::view(torch::stable::narrow(mixed, 2, 0, width), {B, T, heads, D});
-  const bool wide = bindings::dtype_of(x) == Dtype::f64;
-  const Tensor lse = torch::stable::new_empty(
-      fused, {B, heads, T},
-      wide ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
-  const int64_t bad = bindings::attention_decode(q, k, v, cache_lengths, key_bias, 1 / std::sqrt(double(D)),
-                                                 left, right, attended, lse, false);
-  if (bad >= 0) return bad;
-  bindings::swiglu_fwd(torch::stable::narrow(rows, 2, behind, F),
-                       torch::stable::narrow(rows, 2, behind + F, F),
-                       torch::stable::narrow(mixed, 2, width, F));
-  linear(mixed, w_out, {}, x, out);
+  const Tensor stream = norm_weights.size() == count ? out : torch::stable::empty_like(x);
+  const Tensor lse = torch::stable::new_empty(x, {B, heads, T},
+                                              dtype == Dtype::f64 ? torch::headeronly::ScalarType::Double
+                                                                  : torch::headeronly::ScalarType::Float);
+  const auto in_heads = [&](Tensor& rows, int64_t from, int64_t n) {
+    return view(narrow(rows, 2, from, n * D), {B, T, n, D});
+  };
+  const Tensor q = in_heads(fused, 0, heads), rotated = in_heads(fused, 0, heads + K);
+  const Tensor attended = in_heads(mixed, 0, heads);
+  const Tensor gate = narrow(fused, 2, behind, F), up = narrow(fused, 2, behind + F, F);
+  const Tensor product = narrow(mixed, 2, width, F);
+  const int64_t size = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const auto append = [&](Tensor& cache, int64_t from) {
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t t = 0; t < T; ++t)
+        for (int64_t kh = 0; kh < K; ++kh) {
+          const int64_t row = lengths[b] - T + t;
+          memcpy(static_cast<char*>(cache.mutable_data_ptr()) +
+                     size * (b * cache.stride(0) + kh * cache.stride(1) + row * cache.stride(2)),
+                 static_cast<const char*>(fused.const_data_ptr()) +
+                     size * ((b * T + t) * fused.size(2) + from + kh * D),
+                 size * D);
+        }
+  };
+  const auto normalise = [&](const Tensor& rows, const Tensor& weight, const Tensor& to) {
+    if (norm == "rms_norm")
+      bindings::rms_norm_fwd(rows, {}, weight, eps, norm_offset, to, {}, {});
+    else
+      bindings::layer_norm_fwd(rows, {}, weight, {}, eps, norm_offset, to, {}, {}, {});
+  };
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& residual = i ? stream : x;
+    normalise(residual, norm_weights[i], normed);
+    linear(normed, w_in[i], {}, {}, fused);
+    const int64_t bad = bindings::rotary(rotated, cos, sin, positions, interleaved, false, rotated);
+    if (bad >= 0) return bad;
+    append(k_caches[i], width);
+    append(v_caches[i], width + K * D);
+    bindings::attention_decode(q, transpose(k_caches[i], 1, 2), transpose(v_caches[i], 1, 2), cache_lengths,
+                               key_bias, 1 / std::sqrt(double(D)), left, right, attended, lse, false);
+    bindings::swiglu_fwd(gate, up, product);
+    linear(mixed, w_out[i], {}, residual, stream);
+  }
+  if (norm_weights.size() > count) normalise(stream, norm_weights[count], out);
   return -1;
 }
 
@@ -274,12 +308,10 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def("peak(int repeats, str unit, Tensor(a!) out) -> int");
   m.def("decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def(
-      "block_inputs(Tensor x, Tensor? norm_weight, Tensor w_in, Tensor cos, Tensor sin, Tensor? positions, "
-      "int heads, int kv_heads, int head_dim, str norm, float eps, float norm_offset, bool interleaved, "
-      "Tensor(a!) fused) -> int");
-  m.def(
-      "block_output(Tensor x, Tensor fused, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? "
-      "key_bias, int heads, int left, int right, Tensor w_out, Tensor(a!) out) -> int");
+      "decode_blocks(Tensor x, Tensor[] norm_weights, Tensor[] w_in, Tensor[] w_out, Tensor cos, Tensor sin, "
+      "Tensor? positions, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor cache_lengths, Tensor? "
+      "key_bias, int heads, str norm, float eps, float norm_offset, int left, int right, bool interleaved, "
+      "Tensor(c!) out) -> int");
   palm::bindings::define(m);
 }
 
@@ -295,7 +327,6 @@ STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(palm_kernels_cpu, CPU, m) {
   m.impl("peak", TORCH_BOX(&palm::cpu::peak));
   m.impl("decode_linear", TORCH_BOX(&palm::cpu::decode_linear));
-  m.impl("block_inputs", TORCH_BOX(&palm::cpu::block_inputs));
-  m.impl("block_output", TORCH_BOX(&palm::cpu::block_output));
+  m.impl("decode_blocks", TORCH_BOX(&palm::cpu::decode_blocks));
   palm::bindings::implement(m);
 }

@@ -10,21 +10,24 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_not_plain
+from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_called, why_not_plain
 from ..ops.attention import attention, attention_decode, attention_varlen
 from ..ops.cross_entropy import cross_entropy, linear_cross_entropy
 from ..ops.decode_linear import decode_linear, reads_once
+from ..ops.parallel_block import blocks_serve, decode_blocks
 from ..ops.soft_weak_embedding import soft_weak_embedding
 from .configuration import PaLMConfig
 
 # transformers renamed this output from past_key_values to cache
 _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
 DECODE_ROWS = 128  # H * T up to which attention_decode is the faster reader of a cache
+STORED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)  # a cache's layers whose update gives back what they store
 
 
 class PaLMBlock(GradientCheckpointingLayer, ParallelBlock):
@@ -51,8 +54,16 @@ def _attend_packed(q, k, v, *, starts, causal, window, key_bias):
     return out.view(q.shape)  # type: ignore
 
 
-def _extend(k, v, *, cache, layer, total, lengths, key_bias):
-    """Append k and v [B,T,K,D] to the cache, whose tensors are [B,K,S,D]; what it holds of `total` tokens, lengths and bias for it."""
+def _additive(keep: Tensor | None, x: Tensor) -> Tensor | None:
+    """key_bias as numbers: 0 where a bool one is true, -inf where not."""
+    if keep is None or keep.dtype != torch.bool:
+        return keep
+    zeros = torch.zeros(keep.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=keep.device)
+    return zeros.masked_fill(~keep, -torch.inf)
+
+
+def _attend_cached(q, k, v, *, cache, layer, few, total, lengths, key_bias, window, prefix_lengths):
+    """Attention of new tokens to all that the cache then holds of `total`; few: by attention_decode. Its tensors are [B,K,S,D]."""
     k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     dropped = total - k.shape[1]
@@ -61,17 +72,38 @@ def _extend(k, v, *, cache, layer, total, lengths, key_bias):
     elif dropped > 0:  # a sliding cache has let its oldest keys go
         lengths = lengths - dropped
         key_bias = None if key_bias is None else key_bias[:, dropped:]
-    return k, v, lengths, key_bias
-
-
-def _attend_cached(q, k, v, *, extend, few, total, window, prefix_lengths):
-    """Attention of new tokens to all that `extend` leaves in the cache; few: by attention_decode."""
-    k, v, lengths, key_bias = extend(k, v)
     if few:
         return attention_decode(q, k, v, cache_lengths=lengths, key_bias=key_bias, window=window)
     if prefix_lengths is not None:
-        prefix_lengths = prefix_lengths - (total - k.shape[1])
+        prefix_lengths = prefix_lengths - max(dropped, 0)
     return attention(q, k, v, causal=True, key_bias=key_bias, window=window, prefix_lengths=prefix_lengths)
+
+
+def _weights(blocks, norm: nn.Module, x: Tensor) -> tuple[list[Tensor], ...] | None:
+    """What decode_blocks takes of the blocks and the norm behind them, or None where one of them is more than its plain kind."""
+    if nn.modules.module._has_any_global_hook():
+        return None
+    norms, w_in, w_out = [], [], []
+    for block in blocks:
+        if why_called("", block, PaLMBlock) or block.why_composed(x):
+            return None
+        children = block._modules  # the way through nn.Module.__getattr__ is felt in a decode step
+        for name, found in (("norm", norms), ("in_proj", w_in), ("out_proj", w_out)):
+            found.append(children[name]._parameters["weight"])
+    if why_not_plain("", norm, type(blocks[0].norm), x):
+        return None
+    return [*norms, norm.weight], w_in, w_out
+
+
+def _room(cache, layers: int, total: int, new: Tensor):
+    """The cache's tensors [B,K,S,D] by layer, holding `total` tokens, of which `new` [B,K,T,D] keeps the place: (keys, values)."""
+    grown = [layer for layer in cache.layers if type(layer) is StaticLayer and layer.is_initialized]
+    if len(grown) == layers:
+        if total > (room := grown[0].max_cache_len):
+            raise ValueError(f"PaLMModel: {total} tokens, the static cache has room for {room}: make it longer")
+        torch._foreach_add_([layer.cumulative_length for layer in grown], new.shape[2])
+        return [layer.keys for layer in grown], [layer.values for layer in grown]
+    return tuple(zip(*(cache.update(new, new, i) for i in range(layers)), strict=True))
 
 
 def _product(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -191,20 +223,22 @@ class PaLMModel(PaLMPreTrainedModel):
         positions = self._positions(position_ids, attention_mask, past, T, x_BTC.device)
         want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x_BTC] if want_states else []
-        cached = None if cache is None else self._cached(cache, past + T, mask, x_BTC)
-        hooks = {"attend": packed}
-        cos, sin = self.rotary.cos, self.rotary.sin
-        for i, layer in enumerate(self.layers):
-            if cached is not None:
-                hooks = cached(i)
-            x_BTC = layer(x_BTC, cos, sin, positions=positions, **hooks, **mask)
-            if want_states:
-                states.append(x_BTC)
-        x_BTC = self.norm(x_BTC)
+        hidden_BTC = None
+        if cache is not None and not want_states:
+            hidden_BTC = self._step(x_BTC, cache, past + T, mask, positions)
+        if hidden_BTC is None:
+            cached = None if cache is None else self._cached(cache, past + T, mask, x_BTC)
+            cos, sin = self.rotary.cos, self.rotary.sin
+            for i, layer in enumerate(self.layers):
+                attend = packed if cached is None else cached(i)
+                x_BTC = layer(x_BTC, cos, sin, positions=positions, attend=attend, **mask)
+                if want_states:
+                    states.append(x_BTC)
+            hidden_BTC = self.norm(x_BTC)
         if want_states:
-            states[-1] = x_BTC
+            states[-1] = hidden_BTC
         kept = tuple(states) if want_states else None
-        return BaseModelOutputWithPast(last_hidden_state=x_BTC, hidden_states=kept, **{_CACHE: cache})  # type: ignore
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BTC, hidden_states=kept, **{_CACHE: cache})  # type: ignore
 
     def _embed(self, input_ids, inputs_embeds, strength, source_ids) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -213,7 +247,7 @@ class PaLMModel(PaLMPreTrainedModel):
             if source_ids is not None:
                 raise ValueError("PaLMModel: source_ids without strength, pass both")
             embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            return self.embedding_dropout(embedded)
+            return self.embedding_dropout(embedded) if self.training else embedded
         if input_ids is None:
             raise ValueError("PaLMModel: strength mixes token embeddings, give input_ids, not inputs_embeds")
         mask_id = self.config.mask_token_id
@@ -242,22 +276,47 @@ class PaLMModel(PaLMPreTrainedModel):
             raise ValueError("PaLMModel: a cache and gradient checkpointing exclude each other: pass use_cache=False")
         return DynamicCache(config=self.config) if cache is None else cache
 
+    def _step(self, x_BTC, cache, total, mask, positions) -> Tensor | None:
+        """x_BTC through blocks and norm by decode_blocks, and into a cache that then holds `total`; None where something forbids it."""
+        (B, T, _), layers = x_BTC.shape, cache.layers
+        block: PaLMBlock = self.layers[0]  # type: ignore
+        few = block.heads * T <= DECODE_ROWS and mask["prefix_lengths"] is None and blocks_serve(x_BTC)
+        if not few or type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
+            return None
+        made = len(layers) == len(self.layers) or (not layers and cache.layer_class_to_replicate in STORED)
+        if not made or any(type(layer) not in STORED for layer in layers):
+            return None
+        if (weights := _weights(self.layers, self.norm, x_BTC)) is None:
+            return None
+        new = x_BTC.new_zeros(B, block.kv_heads, T, block.head_dim)
+        keys, values = _room(cache, len(self.layers), total, new)
+        room = keys[0].shape[2]
+        held = min(total, room)  # a sliding cache has let its oldest keys go
+        key_bias = _additive(mask["key_bias"], x_BTC)
+        if key_bias is not None:
+            key_bias = F.pad(key_bias[:, total - held :], (0, room - held))
+        return decode_blocks(
+            *(x_BTC, weights, self.rotary.cos, self.rotary.sin, keys, values),
+            torch.full((B,), held, dtype=torch.int32),
+            heads=block.heads,
+            norm=block.norm_kind,
+            eps=block.norm.eps,
+            norm_offset=block.norm.offset,
+            window=mask["window"],
+            positions=positions,
+            key_bias=key_bias,
+            interleaved=block.interleaved,
+        )
+
     def _cached(self, cache, total, mask, x_BTC):
-        """The `attend` and `extend` of T new tokens and a cache that will hold `total`, by layer; what all layers share is made once."""
-        (B, T, _), keep = x_BTC.shape, mask["key_bias"]
-        if keep is not None and keep.dtype == torch.bool:
-            zeros = torch.zeros(keep.shape, dtype=torch.promote_types(x_BTC.dtype, torch.float32), device=keep.device)
-            keep = zeros.masked_fill(~keep, -torch.inf)
+        """The `attend` of T new tokens and a cache that will hold `total`, by layer; what all layers share is made once."""
+        B, T, _ = x_BTC.shape
         lengths = torch.full((B,), total, dtype=torch.int32, device=x_BTC.device)
         few = self.config.num_attention_heads * T <= DECODE_ROWS and not torch.is_grad_enabled()
         few = few and mask["prefix_lengths"] is None
-        rest = {"few": few, "total": total, "window": mask["window"], "prefix_lengths": mask["prefix_lengths"]}
-
-        def hooks(layer: int) -> dict:
-            extend = partial(_extend, cache=cache, layer=layer, total=total, lengths=lengths, key_bias=keep)
-            return {"attend": partial(_attend_cached, extend=extend, **rest), "extend": extend if few else None}
-
-        return hooks
+        shared = {"few": few, "total": total, "lengths": lengths, "key_bias": _additive(mask["key_bias"], x_BTC)}
+        shared |= {"window": mask["window"], "prefix_lengths": mask["prefix_lengths"]}
+        return lambda layer: partial(_attend_cached, cache=cache, layer=layer, **shared)
 
     @staticmethod
     def _check_mask(attention_mask, B, S) -> Tensor | None:
@@ -397,9 +456,10 @@ class PaLMForCausalLM(PaLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             whole = logits is not None and logits.shape[1] == hidden_BTC.shape[1]
             loss = self._loss(hidden_BTC, logits if whole else None, labels, num_items)
+        scale = self.config.logit_scale
         return CausalLMOutputWithPast(
             loss=loss,  # type: ignore
-            logits=None if logits is None else logits * self.config.logit_scale,
+            logits=logits if logits is None or scale == 1 else logits * scale,
             hidden_states=outputs.hidden_states,
             **{_CACHE: outputs.get(_CACHE)},
         )

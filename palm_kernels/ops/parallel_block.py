@@ -33,7 +33,7 @@ from ..dispatch import (
     select,
     served,
 )
-from .attention import attention_flops, bad_length, check_head_dim, check_prefix, normalise_bias, normalise_window
+from .attention import attention_flops, check_head_dim, check_prefix, normalise_bias, normalise_window
 from .decode_linear import reads_once
 from .rotary import bad_position, check_tables
 
@@ -280,58 +280,50 @@ def _check_weights(x: Tensor, norm_weight, w_in: Tensor, w_out: Tensor, H: int, 
     check_device(op, x=x, norm_weight=norm_weight, w_in=w_in, w_out=w_out)
 
 
-def step_serves(x: Tensor) -> bool:
-    """Whether block_step serves x [B,T,C]: few rows on the CPU, inference, no autocast, and nothing that watches or traces ops."""
+def blocks_serve(x: Tensor) -> bool:
+    """Whether decode_blocks serves x [B,T,C]: few rows on the CPU, inference, no autocast, and nothing that watches or traces ops."""
     if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() != 3 or torch._C._len_torch_dispatch_stack():
         return False
     few = reads_once(x, x.shape[0] * x.shape[1])
-    return few and served("parallel_block", "block_inputs", x) and not torch.is_autocast_enabled("cpu")
+    return few and served("parallel_block", "decode_blocks", x) and not torch.is_autocast_enabled("cpu")
 
 
-def block_step(
+def decode_blocks(
     x,
-    norm_weight,
-    w_in,
-    w_out,
+    weights,
     cos,
     sin,
-    extend,
+    k_caches,
+    v_caches,
+    cache_lengths,
     *,
     heads,
-    kv_heads,
-    head_dim,
     norm,
     eps,
     norm_offset,
     window,
     positions,
+    key_bias,
     interleaved,
 ):
-    """parallel_block of a few new tokens [B,T,C] and a cache, in two native calls: at such sizes the calls are what costs.
+    """A few new tokens [B,T,C] through all blocks of a model, each against its cache, in one native call: the calls are what costs.
 
-    extend(k, v), [B,T,K,D], appends to the cache and returns (k_cache, v_cache, cache_lengths, key_bias) as attention_decode takes
-    them. The library checks (RuntimeError).
+    weights: the lists (norm_weights, w_in, w_out) by block, with cos, sin and the options as in parallel_block; one norm weight more
+    is the norm's behind the blocks. k_caches, v_caches: [B,K,Smax,D] by block; the last T of cache_lengths [B] int32 tokens are the
+    new ones, and written here. key_bias as in attention_decode. Returns [B,T,C]. Raises ValueError for a position beyond the tables;
+    the library checks the rest (RuntimeError).
     """
-    H, K, D = heads, kv_heads, head_dim
     if x.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
-    x, w_in, w_out = last_contiguous(x), last_contiguous(w_in), last_contiguous(w_out)
-    fused = empty(x, (*x.shape[:2], w_in.shape[0]))
-    bad = _kernel("parallel_block", "block_inputs", x)(
-        x, norm_weight, w_in, cos, sin, positions, H, K, D, norm, eps, norm_offset, interleaved, fused
+    left, right = normalise_window("decode_blocks", window, True)
+    bias = normalise_bias("decode_blocks", key_bias, x, (len(x), k_caches[0].shape[2]), "[B,Smax] or [1,Smax]")
+    out = torch.empty_like(x)
+    bad = _kernel("parallel_block", "decode_blocks", x)(
+        *(x, *weights, cos, sin, positions, k_caches, v_caches, cache_lengths, bias),
+        *(heads, norm, eps, norm_offset, left, right, interleaved, out),
     )
     if bad >= 0:
         bad_position("parallel_block", bad, x, cos, positions)
-    new = fused.narrow(2, H * D, 2 * K * D).view(*x.shape[:2], 2 * K, D)
-    k, v, lengths, bias = extend(*torch.split_with_sizes(new, [K, K], 2))
-    left, right = normalise_window("parallel_block", window, True)
-    bias = normalise_bias("parallel_block", bias, x, k.shape[:2], "[B,Smax] or [1,Smax]")
-    out = empty(x, x.shape)
-    bad = _kernel("parallel_block", "block_output", x)(
-        x, fused, last_contiguous(k), last_contiguous(v), lengths, bias, H, left, right, w_out, out
-    )
-    if bad >= 0:
-        bad_length(bad, x, k, v, lengths)
     return out
 
 
