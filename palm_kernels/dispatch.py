@@ -192,6 +192,11 @@ def empty(like: Tensor, shape, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
 
 
+def empty_statistic(like: Tensor, shape) -> Tensor:
+    """empty in float32, beside float64 in float64: lse, rstd and their like."""
+    return empty(like, shape, torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
 def release_memory() -> int:
     """Return the memory that the CPU kernels keep for their next large outputs to the system; gives its bytes (0: nothing was kept).
 

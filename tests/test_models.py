@@ -19,7 +19,6 @@ from transformers import (
 )
 
 import palm_kernels as pk
-from palm_kernels import nn as nn_module
 from palm_kernels.models import (
     PaLMConfig,
     PaLMForCausalLM,
@@ -407,23 +406,25 @@ def test_static_cache_is_read_where_it_is(monkeypatch, grad):
     """No copy of it reaches the kernels, and what lies beyond the tokens is never read."""
     model, ids = build(), batch()[0]
     cache = StaticCache(config=model.config, max_cache_len=40)
-    seen, original = [], modeling._extend
-    monkeypatch.setattr(modeling, "_extend", lambda *a, **k: seen.append(original(*a, **k)) or seen[-1])
+    steps, whole = (calls_of(monkeypatch, modeling, n) for n in ("decode_blocks", "attention"))
     with torch.set_grad_enabled(grad):
         first = model(ids[:, :8], cache=cache).logits
         for layer in cache.layers:
             layer.keys[:, :, 8:], layer.values[:, :, 8:] = torch.nan, torch.nan
-        seen.clear()
+        whole.clear()
         logits = torch.cat(
             (first, model(ids[:, 8:10], cache=cache).logits, model(ids[:, 10:11], cache=cache).logits), 1
         )
     same(logits, model(ids[:, :11]).logits)
-    for (k, v, *_), layer in zip(seen, 2 * cache.layers, strict=True):
+    seen = (
+        [(k, v) for _, k, v in whole] if grad else [kv for call in steps for kv in zip(call[4], call[5], strict=True)]
+    )
+    for (k, v), layer in zip(seen, 2 * cache.layers, strict=True):
         assert k.data_ptr() == layer.keys.data_ptr() and v.data_ptr() == layer.values.data_ptr()
-        assert k.shape[1] in (10, 11)
+    assert [int(layer.cumulative_length) for layer in cache.layers] == [11] * len(cache.layers)
 
 
-# a few tokens: the halves of the block around the cache
+# a few tokens: all blocks in one call
 
 
 def calls_of(monkeypatch, module, name):
@@ -447,29 +448,31 @@ def decode(model, ids, mask, tokens, **keywords):
 def test_decode_step_equals_the_reference(shape, dtype, tokens, monkeypatch):
     model, (ids, mask, _) = build(**SHAPES[shape]).to(dtype), batch()
     mask[-1] = 1
-    halves, heads = (calls_of(monkeypatch, m, n) for m, n in ((nn_module, "block_step"), (modeling, "decode_linear")))
+    steps, heads = (calls_of(monkeypatch, modeling, n) for n in ("decode_blocks", "decode_linear"))
     ours = decode(model, ids, mask, tokens)
-    few = 3 * tokens <= 16
-    assert len(halves) == few * len(model.model.layers) and len(heads) == few
+    assert len(steps) == len(heads) == (3 * tokens <= 16)
     with pk.backend("reference"):
         yardstick = decode(model, ids, mask, tokens)
         truth = decode(model.double(), ids, mask, tokens)
     assert_close(ours, yardstick, truth, dtype, dout_rms=0.0, what="logits")
 
 
-def test_wrapped_children_are_called_in_a_decode_step(monkeypatch):
+def test_hooked_modules_are_called_in_a_decode_step(monkeypatch):
     model, (ids, mask, _) = build(), batch()
     plain = decode(model, ids, mask, 1)
-    halves = calls_of(monkeypatch, nn_module, "block_step")
-    called = []
+    steps = calls_of(monkeypatch, modeling, "decode_blocks")
     block = model.model.layers[1]
-    wrapped = (block.out_proj, model.lm_head)
-    hooks = [m.register_forward_hook(lambda module, args, out: called.append(module)) for m in wrapped]
-    same(decode(model, ids, mask, 1), plain)
-    assert called == [*wrapped, *wrapped]
-    assert len(halves) == len(model.model.layers) - 1
-    for hook in hooks:
+    for hooked in (block, block.norm, block.out_proj, model.model.norm, model.lm_head):
+        called = []
+        hook = hooked.register_forward_hook(lambda module, args, out, called=called: called.append(module))
+        same(decode(model, ids, mask, 1), plain)
+        assert called == [hooked, hooked] and len(steps) == (hooked is model.lm_head)
         hook.remove()
+    called = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: called.append(module))
+    same(decode(model, ids, mask, 1), plain)
+    hook.remove()
+    assert called.count(block.norm) == 2
     del model.lm_head.weight  # as a sharded or quantised layer has none
     model.lm_head.weight = model.model.embed_tokens.weight.detach().clone()
     same(decode(model, ids, mask, 1), plain)
@@ -477,13 +480,13 @@ def test_wrapped_children_are_called_in_a_decode_step(monkeypatch):
 
 def test_no_short_cut_with_grad_or_autocast(monkeypatch):
     model, (ids, mask, _) = build(), batch()
-    halves, heads = (calls_of(monkeypatch, m, n) for m, n in ((nn_module, "block_step"), (modeling, "decode_linear")))
+    steps, heads = (calls_of(monkeypatch, modeling, n) for n in ("decode_blocks", "decode_linear"))
     cache = cache_of(model(ids[:, :12], use_cache=True))
     model(ids[:, 12:], cache=cache).logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert decode(model, ids, mask, 1).dtype == torch.bfloat16
-    assert halves == heads == []
+    assert steps == heads == []
 
 
 def test_decode_step_says_what_does_not_fit():
@@ -492,6 +495,39 @@ def test_decode_step_says_what_does_not_fit():
         model.model(inputs_embeds=torch.zeros(1, 1, 47), use_cache=True)
     with torch.no_grad(), pytest.raises(ValueError, match="positions"):
         model.model(input_ids=ids[:, :1], position_ids=torch.tensor([[4000]]), use_cache=True)
+
+
+def test_a_full_static_cache_says_so():
+    model, ids = build(), batch()[0]
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    with torch.no_grad():
+        model(ids[:, :9], cache=cache)
+        with pytest.raises(ValueError, match="10 tokens, the static cache has room for 9"):
+            model(ids[:, 9:10], cache=cache)
+
+
+@pytest.mark.parametrize("kind", ["bare", "dynamic", "static"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_token_after_another(kind, window, padded, monkeypatch):
+    """Every cache, filled by decode steps alone, equals the whole sequence at once."""
+    model, (ids, mask, _) = build(sliding_window=window), batch()
+    mask = mask if padded else torch.ones_like(mask)
+    config, longest = model.config, ids.shape[1] + 3
+    cache = {
+        "bare": DynamicCache,
+        "dynamic": lambda: DynamicCache(config=config),
+        "static": lambda: StaticCache(config=config, max_cache_len=longest),
+    }[kind]()
+    steps = calls_of(monkeypatch, modeling, "decode_blocks")
+    with torch.no_grad():
+        found = [
+            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache).logits for t in range(ids.shape[1])
+        ]
+        whole = model(ids, attention_mask=mask).logits
+    same(torch.cat(found, 1)[mask.bool()], whole[mask.bool()])
+    rolls = kind == "static" and window  # such a cache copies its rows in every step
+    assert len(steps) == (0 if rolls else ids.shape[1])
 
 
 def test_decode_step_under_compile():

@@ -18,6 +18,7 @@ from palm_kernels.nn import (
     SoftWeakEmbedding,
     SwiGLU,
 )
+from palm_kernels.ops.parallel_block import decode_blocks
 
 F64 = torch.float64
 
@@ -223,25 +224,25 @@ def test_meta_block():
 
 @pytest.mark.parametrize("keywords", [{}, {"window": 3}], ids=str)
 def test_block_over_a_cache(keywords):
-    """attend and extend: the same without grad, where two native calls do it, and with it, where gradients are needed."""
+    """attend stands in for attention, with gradients, and decode_blocks is the same without."""
     block = ParallelBlock(40, 4, 16, 48, kv_heads=2)
-    x, cos_sin = torch.randn(2, 3, 40, requires_grad=True), pk.rotary_tables(8, 16)
+    x, (cos, sin), positions = torch.randn(2, 3, 40, requires_grad=True), pk.rotary_tables(8, 16), torch.arange(5, 8)
     old = torch.randn(2, 2, 5, 2, 16)
 
-    def extend(k, v):
-        k, v = (torch.cat((o, new), 1) for o, new in zip(old, (k, v), strict=True))
-        return k, v, torch.full((2,), 8, dtype=torch.int32), None
-
     def attend(q, k, v):
-        k, v, _, _ = extend(k, v)
+        k, v = (torch.cat((o, new), 1) for o, new in zip(old, (k, v), strict=True))
         return pk.attention(q, k, v, causal=True, **keywords)
 
-    def run(x):
-        positions = torch.arange(5, 8)
-        return block(x, *cos_sin, positions=positions, attend=attend, extend=extend, **keywords)
-
-    out = run(x)
+    out = block(x, cos, sin, positions=positions, attend=attend, **keywords)
+    caches = torch.cat((old, torch.full((2, 2, 4, 2, 16), torch.nan)), 2).transpose(2, 3)  # room for one more
     with torch.no_grad():
-        step = run(x)
+        weights = [block.norm.weight], [block.in_proj.weight], [block.out_proj.weight]
+        lengths = torch.full((2,), 8, dtype=torch.int32)
+        step = decode_blocks(
+            *(x, weights, cos, sin, [caches[0]], [caches[1]], lengths),
+            **{"heads": 4, "norm": "rms_norm", "eps": 1e-6, "norm_offset": 1.0, "window": None, **keywords},
+            **{"positions": positions, "key_bias": None, "interleaved": False},
+        )
+    assert caches[..., :8, :].isfinite().all() and caches[..., 8, :].isnan().all()
     torch.testing.assert_close(step, out, rtol=2e-5, atol=2e-5)
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(out.square().sum(), [x, *block.parameters()]))

@@ -232,9 +232,9 @@ static int64_t decode_blocks(Tensor x, std::vector<Tensor> norm_weights, std::ve
       "decode_blocks: positions are not [", T, "] or [", B, ", ", T, "]");
   const Dtype dtype = bindings::dtype_of(x);
   for (size_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(w_in[i].size(1) == C && w_out[i].size(0) == C,
-                    "decode_blocks: x has ", C, " columns, in_proj is [", w_in[i].size(0), ", ",
-                    w_in[i].size(1), "], out_proj has ", w_out[i].size(0), " rows");
+    STD_TORCH_CHECK(w_in[i].size(1) == C && w_out[i].size(0) == C, "decode_blocks: x has ", C,
+                    " columns, in_proj is [", w_in[i].size(0), ", ", w_in[i].size(1), "], out_proj has ",
+                    w_out[i].size(0), " rows");
     for (const Tensor& cache : {k_caches[i], v_caches[i]})
       STD_TORCH_CHECK(cache.dim() == 4 && cache.size(0) == B && cache.size(1) == K && cache.size(2) == S &&
                           cache.size(3) == D && cache.stride(3) == 1 && bindings::dtype_of(cache) == dtype,
@@ -250,9 +250,9 @@ static int64_t decode_blocks(Tensor x, std::vector<Tensor> norm_weights, std::ve
   Tensor mixed = torch::stable::new_empty(x, {B, T, width + F});
   const Tensor normed = torch::stable::empty_like(x);
   const Tensor stream = norm_weights.size() == count ? out : torch::stable::empty_like(x);
-  const Tensor lse = torch::stable::new_empty(x, {B, heads, T},
-                                              dtype == Dtype::f64 ? torch::headeronly::ScalarType::Double
-                                                                  : torch::headeronly::ScalarType::Float);
+  const Tensor lse = torch::stable::new_empty(
+      x, {B, heads, T},
+      dtype == Dtype::f64 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float);
   const auto in_heads = [&](Tensor& rows, int64_t from, int64_t n) {
     return view(narrow(rows, 2, from, n * D), {B, T, n, D});
   };

@@ -27,7 +27,8 @@ from .configuration import PaLMConfig
 # transformers renamed this output from past_key_values to cache
 _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
 DECODE_ROWS = 128  # H * T up to which attention_decode is the faster reader of a cache
-STORED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)  # a cache's layers whose update gives back what they store
+# layers of a cache whose update gives back what they store
+STORED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
 
 
 class PaLMBlock(GradientCheckpointingLayer, ParallelBlock):
@@ -101,7 +102,7 @@ def _room(cache, layers: int, total: int, new: Tensor):
     if len(grown) == layers:
         if total > (room := grown[0].max_cache_len):
             raise ValueError(f"PaLMModel: {total} tokens, the static cache has room for {room}: make it longer")
-        torch._foreach_add_([layer.cumulative_length for layer in grown], new.shape[2])
+        torch._foreach_add_([layer.cumulative_length for layer in grown], new.shape[2])  # type: ignore
         return [layer.keys for layer in grown], [layer.values for layer in grown]
     return tuple(zip(*(cache.update(new, new, i) for i in range(layers)), strict=True))
 
@@ -290,7 +291,7 @@ class PaLMModel(PaLMPreTrainedModel):
             return None
         new = x_BTC.new_zeros(B, block.kv_heads, T, block.head_dim)
         keys, values = _room(cache, len(self.layers), total, new)
-        room = keys[0].shape[2]
+        room = keys[0].shape[2]  # type: ignore
         held = min(total, room)  # a sliding cache has let its oldest keys go
         key_bias = _additive(mask["key_bias"], x_BTC)
         if key_bias is not None:

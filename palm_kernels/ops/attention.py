@@ -13,28 +13,23 @@ from ..checks import (
     companion,
     distinct,
 )
-from ..dispatch import define, empty, flops, needs_autograd, public, refuse_double_backward
+from ..dispatch import define, empty, empty_statistic, flops, needs_autograd, public, refuse_double_backward
 
 MAX_HEAD_DIM = 256
 OPTIONS = "bool causal, float scale, int left, int right"
 
 
-def _statistic(x: Tensor, shape) -> Tensor:
-    """A new float32 (float64 for float64) tensor."""
-    return empty(x, shape, torch.promote_types(x.dtype, torch.float32))
-
-
 def _out_and_lse(q, k, v, *_):
-    return empty(q, q.shape), _statistic(q, (q.shape[0], q.shape[2], q.shape[1]))
+    return empty(q, q.shape), empty_statistic(q, (q.shape[0], q.shape[2], q.shape[1]))
 
 
 def _packed_out_and_lse(q, k, v, *_):
-    return empty(q, q.shape), _statistic(q, (q.shape[1], q.shape[0]))
+    return empty(q, q.shape), empty_statistic(q, (q.shape[1], q.shape[0]))
 
 
 def _gradients(dout, dlse, q, k, v, out, lse, *rest):
     """dq, dk, dv and dbias (empty when not asked for); rest ends with key_bias at its place and bias_grad last."""
-    dbias = _statistic(k, k.shape[:-2] if rest[-1] else (0,))
+    dbias = empty_statistic(k, k.shape[:-2] if rest[-1] else (0,))
     return empty(q, q.shape), empty(k, k.shape), empty(v, v.shape), dbias
 
 

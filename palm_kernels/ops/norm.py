@@ -4,12 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device, check_floats, check_gain, check_shape, distinct
-from ..dispatch import define, empty, needs_autograd, public, refuse_double_backward
-
-
-def _statistic(x: Tensor) -> Tensor:
-    """One number a row, float32 (float64 for float64)."""
-    return empty(x, x.shape[:-1], torch.promote_types(x.dtype, torch.float32))
+from ..dispatch import define, empty, empty_statistic, needs_autograd, public, refuse_double_backward
 
 
 def _like(x: Tensor, wanted: bool) -> Tensor:
@@ -27,7 +22,7 @@ def _gradients(x: Tensor, gain_grads: bool, *gains: Tensor | None) -> tuple[Tens
 _rms_fwd = define(
     "norm",
     "rms_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor, Tensor)",
-    lambda x, residual, *_: (empty(x, x.shape), _like(x, residual is not None), _statistic(x)),
+    lambda x, residual, *_: (empty(x, x.shape), _like(x, residual is not None), empty_statistic(x, x.shape[:-1])),
     spread=lambda x, residual, weight, eps, offset, out, total, rstd: (
         *(x, residual, weight, eps, offset, out),
         *(None if residual is None else total, rstd),
@@ -46,7 +41,12 @@ _layer_fwd = define(
     "norm",
     "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, float offset) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    lambda x, residual, *_: (empty(x, x.shape), _like(x, residual is not None), _statistic(x), _statistic(x)),
+    lambda x, residual, *_: (
+        empty(x, x.shape),
+        _like(x, residual is not None),
+        empty_statistic(x, x.shape[:-1]),
+        empty_statistic(x, x.shape[:-1]),
+    ),
     spread=lambda x, residual, weight, bias, eps, offset, out, total, mean, rstd: (
         *(x, residual, weight, bias, eps, offset, out),
         *(None if residual is None else total, mean, rstd),

@@ -25,6 +25,7 @@ from ..checks import (
 from ..dispatch import (
     define,
     empty,
+    empty_statistic,
     flops,
     last_contiguous,
     needs_autograd,
@@ -63,10 +64,6 @@ def _body(compose: Callable) -> Callable:
     return call
 
 
-def _statistic(x: Tensor, shape) -> Tensor:
-    return empty(x, shape, torch.promote_types(x.dtype, torch.float32))
-
-
 def _split(fused: Tensor, H: int, K: int, D: int) -> tuple[Tensor, ...]:
     """Views of [B,T,(H+2K)D+2F]: q [B,T,H,D], k and v [B,T,K,D], gate and up [B,T,F]."""
     B, T, width = fused.shape
@@ -93,11 +90,11 @@ def _fwd_outputs(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, pre
     rows = (B, T) if save else (0,)
     return (
         empty(x, x.shape),
-        _statistic(x, rows if norm == "layer_norm" else (0,)),
-        _statistic(x, rows),
+        empty_statistic(x, rows if norm == "layer_norm" else (0,)),
+        empty_statistic(x, rows),
         empty(w_in, (B, T, w_in.shape[0]) if save else (0,)),
         empty(w_in, (B, T, H, D) if save else (0,)),
-        _statistic(w_in, (B, H, T) if save else (0,)),
+        empty_statistic(w_in, (B, H, T) if save else (0,)),
     )
 
 
@@ -108,7 +105,7 @@ def _fwd_body(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix
     out, mean, rstd, fused, attended, lse = outs = _fwd_outputs(*args, *options)
     B, T = x.shape[:2]
     if not save:
-        fused, lse = empty(w_in, (B, T, w_in.shape[0])), _statistic(w_in, (B, H, T))
+        fused, lse = empty(w_in, (B, T, w_in.shape[0])), empty_statistic(w_in, (B, H, T))
     statistics = (mean if norm == "layer_norm" else None, rstd) if save else (None, None)
     normed = _apply_norm(norm, x, norm_weight, eps, offset, *statistics, w_in.dtype)
     torch.mm(normed, w_in.t(), out=fused.flatten(0, 1))
