@@ -237,11 +237,10 @@ def test_block_over_a_cache(keywords):
     caches = torch.cat((old, torch.full((2, 2, 4, 2, 16), torch.nan)), 2).transpose(2, 3)  # room for one more
     with torch.no_grad():
         weights = [block.norm.weight], [block.in_proj.weight], [block.out_proj.weight]
-        lengths = torch.full((2,), 8, dtype=torch.int32)
         step = decode_blocks(
-            *(x, weights, cos, sin, [caches[0]], [caches[1]], lengths),
+            *(x, weights, cos, sin, [caches[0]], [caches[1]], 8),
             **{"heads": 4, "norm": "rms_norm", "eps": 1e-6, "norm_offset": 1.0, "window": None, **keywords},
-            **{"positions": positions, "key_bias": None, "interleaved": False},
+            **{"positions": None, "start": 5, "key_bias": None, "interleaved": False},
         )
     assert caches[..., :8, :].isfinite().all() and caches[..., 8, :].isnan().all()
     torch.testing.assert_close(step, out, rtol=2e-5, atol=2e-5)

@@ -210,13 +210,15 @@ static void decode_linear(Tensor x, Tensor weight, OptionalTensor bias, Tensor o
 }
 
 // PaLM's blocks on a few new tokens x [B,T,C], each against its cache [B,K,S,D], in one call: at such sizes
-// the calls are what costs. The caches hold cache_lengths [B] tokens, of which the last T are written here.
-// A norm weight more than blocks is the norm's behind them. Returns the first bad position, or -1.
+// the calls are what costs. The caches hold `length` tokens, of which the last T are written here; absent
+// positions count from `start`. A norm weight more than blocks is the norm's behind them. Returns the first
+// bad position, or -1.
 static int64_t decode_blocks(Tensor x, std::vector<Tensor> norm_weights, std::vector<Tensor> w_in,
                              std::vector<Tensor> w_out, Tensor cos, Tensor sin, OptionalTensor positions,
-                             std::vector<Tensor> k_caches, std::vector<Tensor> v_caches, Tensor cache_lengths,
-                             OptionalTensor key_bias, int64_t heads, std::string norm, double eps,
-                             double norm_offset, int64_t left, int64_t right, bool interleaved, Tensor out) {
+                             int64_t start, std::vector<Tensor> k_caches, std::vector<Tensor> v_caches,
+                             int64_t length, OptionalTensor key_bias, int64_t heads, std::string norm,
+                             double eps, double norm_offset, int64_t left, int64_t right, bool interleaved,
+                             Tensor out) {
   using torch::stable::narrow, torch::stable::view, torch::stable::transpose;
   const size_t count = w_in.size();
   STD_TORCH_CHECK(count > 0 && norm_weights.size() - count <= 1 && w_out.size() == count &&
@@ -240,11 +242,15 @@ static int64_t decode_blocks(Tensor x, std::vector<Tensor> norm_weights, std::ve
                           cache.size(3) == D && cache.stride(3) == 1 && bindings::dtype_of(cache) == dtype,
                       "decode_blocks: the cache of block ", i, " does not fit");
   }
-  STD_TORCH_CHECK(cache_lengths.numel() == B, "decode_blocks: cache_lengths are not [", B, "]");
-  const int32_t* lengths = bindings::int32s(cache_lengths);
-  for (int64_t b = 0; b < B; ++b)
-    STD_TORCH_CHECK(T <= lengths[b] && lengths[b] <= S, "decode_blocks: cache_lengths[", b, "] is ",
-                    lengths[b], ", need at least the ", T, " new tokens and at most the cache's ", S);
+  STD_TORCH_CHECK(T <= length && length <= S, "decode_blocks: length is ", length, ", need at least the ", T,
+                  " new tokens and at most the cache's ", S);
+  STD_TORCH_CHECK(positions || (0 <= start && start + T <= cos.size(0)), "decode_blocks: positions ", start,
+                  " to ", start + T, " are beyond the tables");
+  if (!positions) {
+    cos = narrow(cos, 0, start, T);
+    sin = narrow(sin, 0, start, T);
+  }
+  const std::vector<int32_t> lengths(B, int32_t(length));
 
   Tensor fused = torch::stable::new_empty(x, {B, T, behind + 2 * F});
   Tensor mixed = torch::stable::new_empty(x, {B, T, width + F});
@@ -265,7 +271,7 @@ static int64_t decode_blocks(Tensor x, std::vector<Tensor> norm_weights, std::ve
     for (int64_t b = 0; b < B; ++b)
       for (int64_t t = 0; t < T; ++t)
         for (int64_t kh = 0; kh < K; ++kh) {
-          const int64_t row = lengths[b] - T + t;
+          const int64_t row = length - T + t;
           memcpy(static_cast<char*>(cache.mutable_data_ptr()) +
                      size * (b * cache.stride(0) + kh * cache.stride(1) + row * cache.stride(2)),
                  static_cast<const char*>(fused.const_data_ptr()) +
@@ -287,8 +293,10 @@ static int64_t decode_blocks(Tensor x, std::vector<Tensor> norm_weights, std::ve
     if (bad >= 0) return bad;
     append(k_caches[i], width);
     append(v_caches[i], width + K * D);
-    bindings::attention_decode(q, transpose(k_caches[i], 1, 2), transpose(v_caches[i], 1, 2), cache_lengths,
-                               key_bias, 1 / std::sqrt(double(D)), left, right, attended, lse, false);
+    Attention p = bindings::attention(q, transpose(k_caches[i], 1, 2), transpose(v_caches[i], 1, 2), key_bias,
+                                      true, 1 / std::sqrt(double(D)), left, right, attended, lse, false);
+    p.cache_lengths = lengths.data();
+    kernels().attention_decode(p);
     bindings::swiglu_fwd(gate, up, product);
     linear(mixed, w_out[i], {}, residual, stream);
   }
@@ -309,7 +317,7 @@ STABLE_TORCH_LIBRARY(palm_kernels_cpu, m) {
   m.def("decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def(
       "decode_blocks(Tensor x, Tensor[] norm_weights, Tensor[] w_in, Tensor[] w_out, Tensor cos, Tensor sin, "
-      "Tensor? positions, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor cache_lengths, Tensor? "
+      "Tensor? positions, int start, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, int length, Tensor? "
       "key_bias, int heads, str norm, float eps, float norm_offset, int left, int right, bool interleaved, "
       "Tensor(c!) out) -> int");
   palm::bindings::define(m);

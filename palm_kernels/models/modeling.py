@@ -96,14 +96,15 @@ def _weights(blocks, norm: nn.Module, x: Tensor) -> tuple[list[Tensor], ...] | N
     return [*norms, norm.weight], w_in, w_out
 
 
-def _room(cache, layers: int, total: int, new: Tensor):
-    """The cache's tensors [B,K,S,D] by layer, holding `total` tokens, of which `new` [B,K,T,D] keeps the place: (keys, values)."""
+def _room(cache, layers: int, total: int, x: Tensor, shape: tuple[int, ...]):
+    """The cache's tensors [B,K,S,D] by layer, holding `total` tokens, the last of them zeros of `shape` [B,K,T,D]: (keys, values)."""
     grown = [layer for layer in cache.layers if type(layer) is StaticLayer and layer.is_initialized]
-    if len(grown) == layers:
+    if len(grown) == layers:  # what `update` does, less the copying
         if total > (room := grown[0].max_cache_len):
             raise ValueError(f"PaLMModel: {total} tokens, the static cache has room for {room}: make it longer")
-        torch._foreach_add_([layer.cumulative_length for layer in grown], new.shape[2])  # type: ignore
+        torch._foreach_add_([layer.cumulative_length for layer in grown], shape[2])  # type: ignore
         return [layer.keys for layer in grown], [layer.values for layer in grown]
+    new = x.new_zeros(shape)
     return tuple(zip(*(cache.update(new, new, i) for i in range(layers)), strict=True))
 
 
@@ -221,13 +222,15 @@ class PaLMModel(PaLMPreTrainedModel):
         packed = None
         if cache is None and attention_mask is None and position_ids is not None:
             packed = self._packed(position_ids, mask, B, T)
-        positions = self._positions(position_ids, attention_mask, past, T, x_BTC.device)
+        positions = self._positions(position_ids, attention_mask, past, T)
         want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x_BTC] if want_states else []
         hidden_BTC = None
         if cache is not None and not want_states:
             hidden_BTC = self._step(x_BTC, cache, past + T, mask, positions)
         if hidden_BTC is None:
+            if positions is None and past:
+                positions = torch.arange(past, past + T, device=x_BTC.device)
             cached = None if cache is None else self._cached(cache, past + T, mask, x_BTC)
             cos, sin = self.rotary.cos, self.rotary.sin
             for i, layer in enumerate(self.layers):
@@ -289,8 +292,8 @@ class PaLMModel(PaLMPreTrainedModel):
             return None
         if (weights := _weights(self.layers, self.norm, x_BTC)) is None:
             return None
-        new = x_BTC.new_zeros(B, block.kv_heads, T, block.head_dim)
-        keys, values = _room(cache, len(self.layers), total, new)
+        shape = (B, block.kv_heads, T, block.head_dim)
+        keys, values = _room(cache, len(self.layers), total, x_BTC, shape)
         room = keys[0].shape[2]  # type: ignore
         held = min(total, room)  # a sliding cache has let its oldest keys go
         key_bias = _additive(mask["key_bias"], x_BTC)
@@ -298,13 +301,14 @@ class PaLMModel(PaLMPreTrainedModel):
             key_bias = F.pad(key_bias[:, total - held :], (0, room - held))
         return decode_blocks(
             *(x_BTC, weights, self.rotary.cos, self.rotary.sin, keys, values),
-            torch.full((B,), held, dtype=torch.int32),
+            held,
             heads=block.heads,
             norm=block.norm_kind,
             eps=block.norm.eps,
             norm_offset=block.norm.offset,
             window=mask["window"],
             positions=positions,
+            start=total - T,
             key_bias=key_bias,
             interleaved=block.interleaved,
         )
@@ -375,14 +379,14 @@ class PaLMModel(PaLMPreTrainedModel):
         rest = {k: mask[k] for k in ("causal", "window", "key_bias")}
         return partial(_attend_packed, starts=bounds, **rest)
 
-    def _positions(self, position_ids, attention_mask, past, T, device) -> Tensor | None:
-        """[T] or [B,T] positions, None for 0..T-1: given, else counted by the mask, else by the cache."""
+    def _positions(self, position_ids, attention_mask, past, T) -> Tensor | None:
+        """[T] or [B,T] positions, given or counted by the mask; None where they go on behind the `past` cached ones."""
         if position_ids is not None:
             positions = position_ids[0] if position_ids.dim() == 2 and position_ids.shape[0] == 1 else position_ids
         elif attention_mask is not None:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         else:
-            positions = torch.arange(past, past + T, device=device) if past else None
+            positions = None
         limit = self.config.max_position_embeddings
         if past + T > limit and (positions is None or int(positions.max()) >= limit):
             raise ValueError(

@@ -292,7 +292,7 @@ def decode_blocks(
     sin,
     k_caches,
     v_caches,
-    cache_lengths,
+    length,
     *,
     heads,
     norm,
@@ -300,15 +300,16 @@ def decode_blocks(
     norm_offset,
     window,
     positions,
+    start,
     key_bias,
     interleaved,
 ):
     """A few new tokens [B,T,C] through all blocks of a model, each against its cache, in one native call: the calls are what costs.
 
     weights: the lists (norm_weights, w_in, w_out) by block, with cos, sin and the options as in parallel_block; one norm weight more
-    is the norm's behind the blocks. k_caches, v_caches: [B,K,Smax,D] by block; the last T of cache_lengths [B] int32 tokens are the
-    new ones, and written here. key_bias as in attention_decode. Returns [B,T,C]. Raises ValueError for a position beyond the tables;
-    the library checks the rest (RuntimeError).
+    is the norm's behind the blocks. k_caches, v_caches: [B,K,Smax,D] by block; of their `length` tokens the last T are the new ones, and
+    written here. Without positions they stand at start, start + 1, ... key_bias [B,Smax] or [1,Smax] as in attention_decode.
+    Returns [B,T,C]. Raises ValueError for a position beyond the tables; the library checks the rest (RuntimeError).
     """
     if x.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
@@ -316,7 +317,7 @@ def decode_blocks(
     bias = normalise_bias("decode_blocks", key_bias, x, (len(x), k_caches[0].shape[2]), "[B,Smax] or [1,Smax]")
     out = torch.empty_like(x)
     bad = _kernel("parallel_block", "decode_blocks", x)(
-        *(x, *weights, cos, sin, positions, k_caches, v_caches, cache_lengths, bias),
+        *(x, *weights, cos, sin, positions, start, k_caches, v_caches, length, bias),
         *(heads, norm, eps, norm_offset, left, right, interleaved, out),
     )
     if bad >= 0:
