@@ -6,16 +6,20 @@ GPU_PY ?= $(or $(wildcard $(PY)),python3)
 NATIVE := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(NATIVE) $(wildcard tests/emulator/*.h tests/emulator/*.cu)
 
-.PHONY: help setup build test lint format triton-check cuda-check gpu-check ner bench report wheel clean
+PARITY := PaLM-pytorch-0.2.2 palm-rlhf-pytorch-0.2.3 palm-rlhf-pytorch-0.8.0
+
+.PHONY: help setup build test lint format parity triton-check cuda-check gpu-check ner pretrain bench report wheel clean
 help:
 	@echo "make setup    .venv with $(TORCH), all extras, the kernels built in place"
 	@echo "make build    the kernels alone, after a change in csrc (ninja, incremental)"
 	@echo "make test     every test;  ARGS='tests/test_swiglu.py -k stride' for some"
+	@echo "make parity   other PaLMs of PyPI in build/parity, for tests/test_parity.py: $(PARITY)"
 	@echo "make lint     ruff, clang-format, pyright;  make format writes"
 	@echo "make gpu-check PART=tests|sanitize|speed  on a GPU, with GPU_PY as it is (.venv's python, else python3); all parts by default"
 	@echo "make triton-check  every Triton kernel compiled for sm_80 and sm_90, a table;  TRITON=3.6.0 in an environment of its own"
 	@echo "make cuda-check    every CUDA kernel compiled for sm_80 and sm_90a, a table;  ARGS='--only attention'"
-	@echo "make ner      the example: fine-tune on named entities;  ARGS='--data DIR'"
+	@echo "make ner      the example: fine-tune on named entities;  ARGS='--data DIR', INIT=DIR to start from a pre-trained one"
+	@echo "make pretrain the example: a small model from text files, or from the prose that Python carries;  ARGS='--objective weak'"
 	@echo "make report   benchmarks.report: ours and all peers, tables and pictures;  ARGS='--quick'"
 	@echo "make bench    pytest-benchmark on our kernels, kept in .benchmarks;  ARGS='--benchmark-compare' holds it against the last"
 	@echo "make wheel    dist/*.whl, tested from an empty directory"
@@ -32,6 +36,10 @@ palm_kernels/_cpu.so: $(NATIVE) setup.py | .venv/ready
 	@test ! -e $@ || touch $@
 test: setup
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+parity: $(PARITY:%=build/parity/%/ready)
+build/parity/%/ready: | .venv/ready
+	stem=$*; $(PY) -m pip install -q --no-deps --target $(@D) "$${stem%-*}==$${stem##*-}" beartype einops
+	touch $@
 lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -54,7 +62,9 @@ build/triton-%/ready: | .venv/ready
 	for site in $(@D)/lib/python*/site-packages; do ls -d $(CURDIR)/.venv/lib/python*/site-packages > $$site/venv.pth; done
 	touch $@
 ner: setup
-	$(PY) -m examples.ner.train $(ARGS)
+	$(PY) -m examples.ner.train $(INIT:%=--model %) $(ARGS)
+pretrain: setup
+	$(PY) -m examples.pretrain.pretrain $(ARGS)
 report: setup
 	$(PY) -m benchmarks.report $(ARGS)
 bench: setup

@@ -178,7 +178,8 @@ class ParallelBlock(nn.Module):
 
     Children: norm, in_proj [(heads + 2 kv_heads) head_dim + 2 hidden_dim, dim], out_proj [dim, heads head_dim + hidden_dim],
     without biases. Takes the fused `parallel_block` if all three are exactly themselves: no hooks, parametrizations, offloaded
-    weights or subclasses (LoRA, quantised). Otherwise, and with `attend`, it calls its children one by one; `path()` says which.
+    weights or subclasses (LoRA, quantised). Otherwise, with `attend`, and with dropout (of what it adds) in training, it calls its
+    children one by one; `path()` says which.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class ParallelBlock(nn.Module):
         eps: float = 1e-6,
         norm_offset: float = 1.0,
         interleaved: bool = False,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if heads % kv_heads:
@@ -200,13 +202,15 @@ class ParallelBlock(nn.Module):
         if norm not in ("rms_norm", "layer_norm"):
             raise ValueError(f"ParallelBlock: norm is {norm!r}, need 'rms_norm' or 'layer_norm'")
         self.heads, self.kv_heads, self.head_dim, self.hidden_dim = heads, kv_heads, head_dim, hidden_dim
-        self.norm_kind, self.interleaved = norm, interleaved
+        self.norm_kind, self.interleaved, self.dropout = norm, interleaved, dropout
         self.norm = (RMSNorm if norm == "rms_norm" else LayerNorm)(dim, eps=eps, offset=norm_offset)
         self.in_proj = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim + 2 * hidden_dim, bias=False)
         self.out_proj = nn.Linear(heads * head_dim + hidden_dim, dim, bias=False)
 
     def why_composed(self, x: Tensor | None = None) -> str | None:
         """Why this block calls its children one by one (for x, where given); None if it takes the fused op."""
+        if self.dropout and self.training:
+            return "dropout"
         norm = RMSNorm if self.norm_kind == "rms_norm" else LayerNorm
         children = self._modules  # in a decode step the way through nn.Module.__getattr__ is felt
         for name, kind in (("norm", norm), ("in_proj", nn.Linear), ("out_proj", nn.Linear)):
@@ -263,7 +267,8 @@ class ParallelBlock(nn.Module):
         q = rotary(q.unflatten(-1, (H, D)), cos, sin, positions=positions, interleaved=self.interleaved)
         k = rotary(k.unflatten(-1, (K, D)), cos, sin, positions=positions, interleaved=self.interleaved)
         mixed = attend(q, k, v.unflatten(-1, (K, D)))
-        return x + self.out_proj(torch.cat((mixed.flatten(-2), swiglu(gate, up)), -1))
+        added = self.out_proj(torch.cat((mixed.flatten(-2), swiglu(gate, up)), -1))
+        return x + F.dropout(added, self.dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, interleaved={self.interleaved}"

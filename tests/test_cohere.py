@@ -1,18 +1,13 @@
 """The independent oracle: transformers' Cohere with one key/value head is a PaLM block."""
 
+import copy
 import math
 
 import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM
 
-from palm_kernels.models import PaLMConfig, PaLMForCausalLM
-
-
-def half_order(heads, dim):
-    """Rows of an interleaved q or k projection in the order that a half-split rotation wants."""
-    within = torch.cat((torch.arange(0, dim, 2), torch.arange(1, dim, 2)))
-    return (torch.arange(heads)[:, None] * dim + within).flatten()
+from palm_kernels.models import PaLMForCausalLM, convert
 
 
 def pair(C=48, H=4, D=16, F=80, V=97, layers=3, rope_type="half", seed=0):
@@ -35,43 +30,13 @@ def pair(C=48, H=4, D=16, F=80, V=97, layers=3, rope_type="half", seed=0):
             eos_token_id=2,
         )
     )
-    ours = PaLMForCausalLM(
-        PaLMConfig(
-            vocab_size=V,
-            hidden_size=C,
-            intermediate_size=F,
-            num_hidden_layers=layers,
-            num_attention_heads=H,
-            head_dim=D,
-            max_position_embeddings=64,
-            norm="layer_norm",
-            norm_eps=1e-5,
-            norm_offset=0.0,
-            rope_type=rope_type,
-        )
-    )
     with torch.no_grad():
         for norm in [layer.input_layernorm for layer in theirs.model.layers] + [theirs.model.norm]:
             norm.weight.uniform_(0.5, 1.5)
-        for name, value in carry(theirs, rope_type).items():
-            ours.get_parameter(name).copy_(value)
+    config, state = convert.from_cohere(theirs.state_dict(), theirs.config, rope_type=rope_type)
+    ours = PaLMForCausalLM(config)
+    ours.load_state_dict(state)
     return theirs, ours
-
-
-def carry(theirs, rope_type, grad=False):
-    """Their parameters (or gradients) under our names, rows permuted."""
-    H, D = theirs.config.num_attention_heads, theirs.config.head_dim
-    order = half_order if rope_type == "half" else lambda heads, dim: torch.arange(heads * dim)
-    get = (lambda m: m.weight.grad) if grad else (lambda m: m.weight)
-    out = {"model.embed_tokens.weight": get(theirs.model.embed_tokens), "model.norm.weight": get(theirs.model.norm)}
-    for i, layer in enumerate(theirs.model.layers):
-        attn, mlp = layer.self_attn, layer.mlp
-        q, k = get(attn.q_proj)[order(H, D)], get(attn.k_proj)[order(1, D)]
-        rows = (q, k, get(attn.v_proj), get(mlp.gate_proj), get(mlp.up_proj))
-        out[f"model.layers.{i}.in_proj.weight"] = torch.cat(rows)
-        out[f"model.layers.{i}.out_proj.weight"] = torch.cat((get(attn.o_proj), get(mlp.down_proj)), 1)
-        out[f"model.layers.{i}.norm.weight"] = get(layer.input_layernorm)
-    return out
 
 
 def close(ours, theirs, what):
@@ -91,7 +56,8 @@ def test_logits_and_gradients_equal_cohere(rope_type, shape):
     loss = ours.train()(ids, labels=labels).loss
     close(loss, expected.loss, "loss")
     loss.backward()
-    for name, grad in carry(theirs, rope_type, grad=True).items():
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, grad in convert.from_cohere(grads, theirs.config, rope_type=rope_type)[1].items():
         close(ours.get_parameter(name).grad, grad, name)
 
 
@@ -112,3 +78,22 @@ def test_generation_equals_cohere():
     mask[1, :3] = 0
     keywords = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.eval().generate(ids, **keywords), theirs.eval().generate(ids, **keywords))
+
+
+def test_what_cohere_has_and_a_palm_has_not():
+    theirs, _ = pair(layers=1)
+    state = theirs.state_dict()
+    for field, value, message in (
+        ("use_qk_norm", True, "use_qk_norm or attention_bias"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu'"),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "rope_type is 'linear'"),
+    ):
+        config = copy.deepcopy(theirs.config)
+        setattr(config, field, value)
+        with pytest.raises(ValueError, match=message):
+            convert.from_cohere(state, config)
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn.q_norm.weight' has no place"):
+        convert.from_cohere({**state, "model.layers.0.self_attn.q_norm.weight": torch.ones(1)}, theirs.config)
+    del state["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"has no 'model.layers.0.mlp.up_proj.weight' \(1 names are missing\)"):
+        convert.from_cohere(state, theirs.config)

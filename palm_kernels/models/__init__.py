@@ -1,22 +1,40 @@
 """PaLM for Hugging Face transformers: importing this package registers it with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+import transformers as _hf
 
+from . import convert
 from .configuration import PaLMConfig
-from .modeling import PaLMForCausalLM, PaLMForTokenClassification, PaLMModel, PaLMPreTrainedModel
+from .heads import (
+    PaLMForCausalLM,
+    PaLMForMaskedLM,
+    PaLMForQuestionAnswering,
+    PaLMForSequenceClassification,
+    PaLMForTokenClassification,
+)
+from .modeling import PaLMModel, PaLMPreTrainedModel
 from .tokenization import PaLMTokenizer
 
 __all__ = [
     "PaLMConfig",
     "PaLMForCausalLM",
+    "PaLMForMaskedLM",
+    "PaLMForQuestionAnswering",
+    "PaLMForSequenceClassification",
     "PaLMForTokenClassification",
     "PaLMModel",
     "PaLMPreTrainedModel",
     "PaLMTokenizer",
+    "convert",
 ]
 
-AutoConfig.register("palm", PaLMConfig, exist_ok=True)
-AutoModel.register(PaLMConfig, PaLMModel, exist_ok=True)
-AutoModelForCausalLM.register(PaLMConfig, PaLMForCausalLM, exist_ok=True)
-AutoModelForTokenClassification.register(PaLMConfig, PaLMForTokenClassification, exist_ok=True)
-AutoTokenizer.register(PaLMConfig, fast_tokenizer_class=PaLMTokenizer, exist_ok=True)
+_hf.AutoConfig.register("palm", PaLMConfig, exist_ok=True)
+_hf.AutoTokenizer.register(PaLMConfig, fast_tokenizer_class=PaLMTokenizer, exist_ok=True)
+for _auto, _model in (
+    (_hf.AutoModel, PaLMModel),
+    (_hf.AutoModelForCausalLM, PaLMForCausalLM),
+    (_hf.AutoModelForMaskedLM, PaLMForMaskedLM),
+    (_hf.AutoModelForTokenClassification, PaLMForTokenClassification),
+    (_hf.AutoModelForSequenceClassification, PaLMForSequenceClassification),
+    (_hf.AutoModelForQuestionAnswering, PaLMForQuestionAnswering),
+):
+    _auto.register(PaLMConfig, _model, exist_ok=True)

@@ -1,5 +1,6 @@
 """PaLMConfig: the shape of a PaLM (Chowdhery 2022, section 2 and table 1) in Hugging Face's form."""
 
+import dataclasses
 import math
 
 from transformers import PreTrainedConfig
@@ -46,6 +47,16 @@ _CHOICES = {
 }
 
 
+def _distance(a: str, b: str) -> int:
+    """Levenshtein's: insertions, deletions and replacements from a to b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+    return row[-1]
+
+
 class PaLMConfig(PreTrainedConfig):
     """The fields of a PaLM; `PaLMConfig.preset("palm-8b")` gives the paper's sizes.
 
@@ -58,6 +69,8 @@ class PaLMConfig(PreTrainedConfig):
     sliding_window: keys that a query sees, itself included (causal); on each side of it (bidirectional).
     embedding_std: std of the embeddings' init; initializer_factor: kernels start as N(0, initializer_factor / sqrt(n_in)).
     z_loss: factor of (log Z)^2 in the language model's loss. class_weights: one per label, for token classification.
+    embedding_dropout, residual_dropout, classifier_dropout: shares of the embeddings, of what a block adds, of a classifier's input that
+    training sets to zero; residual_dropout costs the fused block.
     mask_token_id: the row that soft weak masking mixes in where no source token is named.
     """
 
@@ -86,6 +99,7 @@ class PaLMConfig(PreTrainedConfig):
     embedding_std: float = 1.0
     initializer_factor: float = 1.0
     embedding_dropout: float = 0.0
+    residual_dropout: float = 0.0
     classifier_dropout: float = 0.0
     class_weights: list | None = None
     use_cache: bool = True
@@ -102,7 +116,16 @@ class PaLMConfig(PreTrainedConfig):
         if self.logit_scale is None:
             self.logit_scale = 1 / math.sqrt(self.hidden_size)
         self._check()
+        self._check_spelling(kwargs)
         super().__post_init__(**kwargs)
+
+    def _check_spelling(self, unknown) -> None:
+        """An unknown key is kept, as transformers does, unless it looks like a slip of the pen."""
+        own = [field.name for field in dataclasses.fields(PaLMConfig)]
+        for key in unknown:
+            near = None if hasattr(PreTrainedConfig, key) else next((f for f in own if _distance(key, f) <= 2), None)
+            if near:
+                raise ValueError(f"PaLMConfig: there is no field {key!r}, do you mean {near!r}?")
 
     def _check(self) -> None:
         for name, choices in _CHOICES.items():
@@ -115,6 +138,9 @@ class PaLMConfig(PreTrainedConfig):
             raise ValueError(f"PaLMConfig: head_dim is {self.head_dim}, need 1 to 256")
         if self.rotary_dim < 2:
             raise ValueError(f"PaLMConfig: partial_rotary_factor {self.partial_rotary_factor} leaves nothing to rotate")
+        for name in ("embedding_dropout", "residual_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"PaLMConfig: {name} is {getattr(self, name)}, need a share below 1")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"PaLMConfig: sliding_window is {self.sliding_window}, need at least 1, or None")
 

@@ -1,6 +1,5 @@
-"""PaLM (Chowdhery 2022, section 2) as Hugging Face models: the trunk, the causal language model, the token classifier.
+"""PaLM's trunk (Chowdhery 2022, section 2) as a Hugging Face model; heads.py holds what stands on it.
 
-A head is a PaLMPreTrainedModel with a PaLMModel called `model` and a loss of its own; nothing in the trunk knows about heads.
 Letters: B batch, T new tokens, S tokens with the cache's, H heads, K key/value heads, D head dim, C model dim, V vocabulary.
 """
 
@@ -10,16 +9,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, TokenClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_called, why_not_plain
 from ..ops.attention import attention, attention_decode, attention_varlen
-from ..ops.cross_entropy import cross_entropy, linear_cross_entropy
-from ..ops.decode_linear import decode_linear, reads_once
 from ..ops.parallel_block import blocks_serve, decode_blocks
 from ..ops.soft_weak_embedding import soft_weak_embedding
 from .configuration import PaLMConfig
@@ -108,14 +105,6 @@ def _room(cache, layers: int, total: int, x: Tensor, shape: tuple[int, ...]):
     return tuple(zip(*(cache.update(new, new, i) for i in range(layers)), strict=True))
 
 
-def _product(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(x); by decode_linear where nothing forbids it and x [...,C] has few rows."""
-    few = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")) and reads_once(x, x.shape[:-1].numel())
-    if few and why_not_plain("", linear, nn.Linear, x) is None and x.dtype == linear.weight.dtype:
-        return decode_linear(x, linear.weight, bias=linear.bias)
-    return linear(x)
-
-
 class PaLMPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation; `kernels()` says which path each block takes."""
 
@@ -171,6 +160,7 @@ class PaLMModel(PaLMPreTrainedModel):
                 eps=config.norm_eps,
                 norm_offset=config.norm_offset,
                 interleaved=self.rotary.interleaved,
+                dropout=config.residual_dropout,
             )
             for _ in range(config.num_hidden_layers)
         )
@@ -393,160 +383,3 @@ class PaLMModel(PaLMPreTrainedModel):
                 f"PaLMModel: {past + T} tokens, max_position_embeddings is {limit}: cut or split the input"
             )
         return positions
-
-
-class PaLMForCausalLM(PaLMPreTrainedModel, GenerationMixin):
-    """The trunk with a language-model head, tied to the embeddings unless the config says otherwise."""
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-        """The mask as it is: `generate` would make it 4-D for a static cache."""
-        return attention_mask
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own attribute)
-
-    def __init__(self, config: PaLMConfig):
-        super().__init__(config)
-        self.model = PaLMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache=None,
-        past_key_values=None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        prefix_lengths: Tensor | None = None,
-        strength: Tensor | None = None,
-        source_ids: Tensor | None = None,
-        kappa: float = 0.0,
-        return_logits: bool | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits [B,T,V] = logit_scale * lm_head(hidden), and with labels [B,T] (unshifted, -100 ignored) the loss.
-
-        The loss is the mean over labelled tokens (or the sum / num_items_in_batch) of the negative log-likelihood + z_loss (log Z)^2.
-        In training mode labels give logits=None, and only labelled rows meet the head; return_logits=True asks for both.
-        logits_to_keep: the last so many positions, or the positions of a 1-D tensor. The rest as in PaLMModel.
-        """
-        num_items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            prefix_lengths=prefix_lengths,
-            strength=strength,
-            source_ids=source_ids,
-            kappa=kappa,
-            return_dict=True,
-            **kwargs,
-        )
-        hidden_BTC = outputs.last_hidden_state
-        logits = None
-        if return_logits or (return_logits is None and (labels is None or not self.training)):
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            kept = hidden_BTC[:, keep] if isinstance(keep, Tensor) or logits_to_keep else hidden_BTC
-            logits = _product(self.lm_head, kept)
-        loss = None
-        if labels is not None:
-            whole = logits is not None and logits.shape[1] == hidden_BTC.shape[1]
-            loss = self._loss(hidden_BTC, logits if whole else None, labels, num_items)
-        scale = self.config.logit_scale
-        return CausalLMOutputWithPast(
-            loss=loss,  # type: ignore
-            logits=logits if logits is None or scale == 1 else logits * scale,
-            hidden_states=outputs.hidden_states,
-            **{_CACHE: outputs.get(_CACHE)},
-        )
-
-    def _loss(self, hidden_BTC, logits_BTV, labels_BT, num_items):
-        """The shifted loss, from the unscaled logits where they are there and else without ever holding them."""
-        if labels_BT.shape != hidden_BTC.shape[:2]:
-            raise ValueError(
-                f"PaLMForCausalLM: labels have shape {list(labels_BT.shape)}, need [B,T] = {list(hidden_BTC.shape[:2])}"
-            )
-        targets = F.pad(labels_BT[:, 1:], (0, 1), value=-100)
-        keywords = {
-            "z_loss": self.config.z_loss,
-            "logit_scale": self.config.logit_scale,
-            "reduction": "mean" if num_items is None else "sum",
-        }
-        head = self.lm_head
-        if logits_BTV is None and why_not_plain("lm_head", head, nn.Linear, hidden_BTC):
-            logits_BTV = head(hidden_BTC)  # LoRA, a quantised head: only the module knows its product
-        if logits_BTV is None:
-            loss = linear_cross_entropy(hidden_BTC, head.weight, targets, linear_bias=head.bias, **keywords)
-        else:
-            loss = cross_entropy(logits_BTV, targets, **keywords)
-        return loss if num_items is None else loss / num_items
-
-
-class PaLMForTokenClassification(PaLMPreTrainedModel):
-    """The trunk with a classifier of each token (named entities): logits [B,T,num_labels]."""
-
-    def __init__(self, config: PaLMConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = PaLMModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore
-        weights = config.class_weights
-        if weights is not None and len(weights) != config.num_labels:
-            raise ValueError(f"PaLMForTokenClassification: {len(weights)} class_weights for {config.num_labels} labels")
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache=None,
-        past_key_values=None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        prefix_lengths: Tensor | None = None,
-        strength: Tensor | None = None,
-        source_ids: Tensor | None = None,
-        kappa: float = 0.0,
-        **kwargs,
-    ) -> TokenClassifierOutput:
-        """Logits [B,T,num_labels] in float32, and with labels [B,T] (-100 ignored) their class-weighted mean cross entropy.
-
-        With num_items_in_batch the loss is the sum divided by it. The rest as in PaLMModel.
-        """
-        num_items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            prefix_lengths=prefix_lengths,
-            strength=strength,
-            source_ids=source_ids,
-            kappa=kappa,
-            return_dict=True,
-            **kwargs,
-        )
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = None
-        if labels is not None:
-            weights = self.config.class_weights
-            weight = None if weights is None else torch.tensor(weights, dtype=logits.dtype, device=logits.device)
-            loss = cross_entropy(logits, labels, weight=weight, reduction="mean" if num_items is None else "sum")
-            loss = loss if num_items is None else loss / num_items
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)  # type: ignore
