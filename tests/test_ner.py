@@ -5,7 +5,6 @@ import json
 import os
 import random
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -398,7 +397,8 @@ def test_run_predict_and_continue(small, tmp_path, capsys):
     assert "IOB1, converted to IOB2" in text and "micro avg" in text and "expected: " in text and "\x1b" not in text
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
     assert len(metrics["history"]) == 2 and metrics["test"]["micro avg"]["support"] > 30
-    assert sorted(p.name for p in (tmp_path / "a").iterdir() if p.suffix != ".png") == ["metrics.json", "model"]
+    names = {p.name for p in (tmp_path / "a").iterdir() if not p.name.startswith(".")}
+    assert {"last", "metrics.json", "metrics.jsonl", "model", "learning_curve.png", "confusion_matrix.png"} <= names
     assert run(small, tmp_path / "b") == 0  # the same seed gives the same run
     again = json.loads((tmp_path / "b/metrics.json").read_text())
     assert [row["loss"] for row in again["history"]] == [row["loss"] for row in metrics["history"]]
@@ -421,6 +421,18 @@ def test_run_predict_and_continue(small, tmp_path, capsys):
     assert "the model holds 256 tokens" in capsys.readouterr().err
 
 
+def test_resumed_run_is_the_whole_run(small, tmp_path, capsys):
+    args = ("--schedule", "constant", "--warmup", "0")
+    assert run(small, tmp_path / "a", *args, "--epochs", "2") == run(small, tmp_path / "b", *args, "--epochs", "1") == 0
+    assert run(small, tmp_path / "b", *args, "--epochs", "2", "--resume") == 0
+    a, b = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "ab")
+    assert [{**row, "seconds": 0} for row in a["history"]] == [{**row, "seconds": 0} for row in b["history"]]
+    assert a["test"] == b["test"]
+    capsys.readouterr()
+    assert run(small, tmp_path / "none", "--resume") == 1
+    assert "no saved model (no config.json in it)" in capsys.readouterr().err
+
+
 def test_pipeline(small, tmp_path):
     from transformers import pipeline
 
@@ -436,34 +448,3 @@ def test_stops_at_the_first_bad_loss(small, tmp_path, capsys):
     assert run(small, tmp_path, "--lr", "1e34", "--warmup", "0") == 1
     message = capsys.readouterr().err
     assert "epoch 1, step" in message and "the loss is nan at learning rate" in message and "lower --lr" in message
-
-
-def test_an_interrupted_save_keeps_the_old_model(tmp_path, tokenizer):
-    class Model:
-        def __init__(self, text, breaks=False):
-            self.text, self.breaks = text, breaks
-
-        def save_pretrained(self, folder):
-            folder.mkdir()
-            (folder / "weights").write_text(self.text)
-            if self.breaks:
-                raise KeyboardInterrupt
-
-    train.save(tmp_path / "model", Model("old"), tokenizer)
-    with pytest.raises(KeyboardInterrupt):
-        train.save(tmp_path / "model", Model("new", breaks=True), tokenizer)
-    assert (tmp_path / "model/weights").read_text() == "old"
-    train.save(tmp_path / "model", Model("newer"), tokenizer)
-    assert (tmp_path / "model/weights").read_text() == "newer" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_learning_rates():
-    args = train.arguments(["--lr", "1e-3", "--final-lr", "1e-5", "--warmup", "0.1", "--epochs", "5"])
-    rates = [train.learning_rate(args, step, step // 20, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(1e-4) and max(rates) == pytest.approx(1e-3, rel=0.05) and rates[-1] < 2e-5
-    assert all(a > b for a, b in pairwise(rates[10:]))
-    args.schedule, args.warmup = "epoch-decay", 0.0
-    rates = [train.learning_rate(args, 20 * epoch, epoch, 100) for epoch in range(5)]
-    assert rates == pytest.approx([1e-3, 10**-3.5, 1e-4, 10**-4.5, 1e-5])
-    args.epochs = 1
-    assert train.learning_rate(args, 0, 0, 20) == 1e-3

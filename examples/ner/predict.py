@@ -6,6 +6,8 @@ import sys
 
 from transformers.utils import logging
 
+from palm_kernels.train import CheckpointError
+
 from . import report
 from .batches import Encoder, tag
 from .data import DataError, Sentence
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             words = words_of(text)
             (tags,) = tag(model, encoder, [Sentence(words, ["O"] * len(words))])
             print(report.marked(words, tags, types, report.in_colour()))
-    except DataError as error:
+    except (DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,24 +1,21 @@
 """Fine-tune a PaLM token classifier on named entities: `python -m examples.ner.train [--data DIR]`.
 
-Everything is here in one loop: data -> sub-words -> batches -> PaLMForTokenClassification (whose forward and backward are
-palm_kernels) -> AdamW -> entity F1 on dev after each epoch -> the best model, saved -> the report on test.
+Data -> sub-words -> batches -> PaLMForTokenClassification (whose forward and backward are palm_kernels) -> palm_kernels.train's loop with
+entity F1 on dev after each epoch -> the best model, saved -> the report on test.
 """
 
 import argparse
 import json
-import math
-import random
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers.utils import logging
 
 import palm_kernels as pk
 from palm_kernels.models import PaLMConfig, PaLMForTokenClassification, PaLMTokenizer
+from palm_kernels.train import CheckpointError, Settings, fit
+from palm_kernels.train import load_model as load_pair
 
 from . import report, synthetic
 from .augment import mentions, swap_mentions, weak_masking
@@ -76,30 +73,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask", type=share, default=0.15, help="words masked (share)")
     add("--soft", type=share, default=0.0, help="words mixed with a random token: soft weak masking (share)")
     add("--natural", type=share, default=0.3, help="sentences spaced as running text (share)")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive, default=20, help="passes over the training data")
-    add("--batch", type=positive, default=16, help="sentences in a step")
-    add("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
-    add("--final-lr", type=float, default=1e-5, help="learning rate at the end")
-    add("--schedule", choices=("cosine", "epoch-decay"), default="cosine", help="epoch-decay: geometric, by the epoch")
-    add("--warmup", type=share, default=0.1, help="steps in which the learning rate rises (share)")
-    add("--weight-decay", type=float, default=0.1, help="of AdamW, on matrices")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation")
-    add("--threads", type=positive, help="CPU threads; absent: as many as torch chooses")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch", type=positive, default=16, help="sentences in a batch")
+    group.add_argument("--resume", action="store_true", help="go on from --out's last state")
+    group.add_argument("--threads", type=positive, help="CPU threads; absent: as many as torch chooses")
+    Settings.add_to(group, epochs=20, lr=1e-3)
     return parser.parse_args(argv)
 
 
-def learning_rate(args: argparse.Namespace, step: int, epoch: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine over the steps, or lr (final/lr)^(e/(E-1)) by the epoch e of E."""
-    rise = min(1.0, (step + 1) / max(1, round(args.warmup * steps)))
-    if args.schedule == "cosine":
-        return rise * (args.final_lr + (args.lr - args.final_lr) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    return rise * args.lr * (args.final_lr / args.lr) ** (epoch / max(1, args.epochs - 1))
-
-
 def build(args: argparse.Namespace, corpus: Corpus) -> tuple[PaLMForTokenClassification, PaLMTokenizer]:
-    """A new model and tokenizer, or those of --model with a classifier for this corpus's labels."""
+    """A new model and tokenizer, or those of --model (or of the run to go on with) with a classifier for this corpus's labels."""
     labels = {
         "num_labels": len(corpus.labels),
         "id2label": dict(enumerate(corpus.labels)),
@@ -113,8 +96,8 @@ def build(args: argparse.Namespace, corpus: Corpus) -> tuple[PaLMForTokenClassif
     }
     if args.window:
         both["sliding_window"] = args.window
-    if args.model:
-        return load_model(args.model, **both)
+    if args.resume or args.model:
+        return load_model(Path(args.out) / "last" if args.resume else args.model, **both)
     tokenizer = PaLMTokenizer.train([s.words for s in corpus.train], args.vocab)
     config = PaLMConfig(
         vocab_size=len(tokenizer),
@@ -132,15 +115,7 @@ def build(args: argparse.Namespace, corpus: Corpus) -> tuple[PaLMForTokenClassif
 
 def load_model(folder: str | Path, **config) -> tuple[PaLMForTokenClassification, PaLMTokenizer]:
     """A saved model and its tokenizer, config fields replaced; a classifier of another size starts anew."""
-    if not (Path(folder) / "config.json").is_file():
-        raise DataError(f"{folder}: no saved model (no config.json in it)")
-    model = PaLMForTokenClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **config)
-    tokenizer = PaLMTokenizer.from_pretrained(folder)
-    if len(tokenizer) > model.config.vocab_size:
-        raise DataError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: not a pair"
-        )
-    return model, tokenizer
+    return load_pair(PaLMForTokenClassification, PaLMTokenizer, folder, **config)
 
 
 def row_limit(args: argparse.Namespace, model: PaLMForTokenClassification) -> int:
@@ -151,70 +126,33 @@ def row_limit(args: argparse.Namespace, model: PaLMForTokenClassification) -> in
     return args.max_length or limit
 
 
-def save(folder: Path, model: PaLMForTokenClassification, tokenizer: PaLMTokenizer) -> None:
-    """Write the model beside `folder`, then rename: an interrupted run leaves the old model or the new one, whole."""
-    partial, old = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+class NamedEntities:
+    """The objective: words labelled with entities, augmented anew in each epoch; entity F1 on dev chooses the best model."""
 
+    metric, larger = "dev_f1", True
 
-def optimiser(args: argparse.Namespace, model) -> torch.optim.Optimizer:
-    """AdamW, weight decay on matrices alone."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr)
+    def __init__(
+        self, args: argparse.Namespace, corpus: Corpus, model: PaLMForTokenClassification, tokenizer: PaLMTokenizer
+    ):
+        self.args, self.corpus, self.pad_id = args, corpus, tokenizer.pad_token_id
+        self.encoder = Encoder(tokenizer, corpus.labels, row_limit(args, model))
+        self.pool, self.gold = mentions(corpus.train), [s.tags for s in corpus.dev]
 
+    def epoch(self, rng):
+        sentences = [swap_mentions(s, self.pool, self.args.swap, rng) for s in self.corpus.train]
+        rows = [row for s in sentences for row in self.encoder.rows(s, natural=rng.random() < self.args.natural)]
+        return shuffled(rows, self.args.batch, self.pad_id, rng)
 
-def train(args: argparse.Namespace, corpus: Corpus, model, tokenizer) -> list[dict[str, float]]:
-    """The loop; returns {"epoch", "loss", "dev_f1", "lr", "seconds"} of each epoch and leaves the best model in out/model."""
-    rng, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
-    encoder = Encoder(tokenizer, corpus.labels, row_limit(args, model))
-    pool, gold = mentions(corpus.train), [s.tags for s in corpus.dev]
-    optimizer, step, start, best = optimiser(args, model), 0, time.perf_counter(), -1.0
-    history: list[dict[str, float]] = []
-    for epoch in range(args.epochs):
-        model.train()
-        sentences = [swap_mentions(s, pool, args.swap, rng) for s in corpus.train]
-        rows = [row for s in sentences for row in encoder.rows(s, natural=rng.random() < args.natural)]
-        batches, losses = shuffled(rows, args.batch, tokenizer.pad_token_id, rng), []
-        for batch in tqdm(batches, f"epoch {epoch + 1}", unit="batch", leave=False, disable=not sys.stderr.isatty()):
-            strength, source_ids = weak_masking(batch, args.mask, args.soft, generator)
-            masking = {"strength": strength, "source_ids": source_ids}
-            loss = model(batch.ids, attention_mask=batch.mask, labels=batch.labels, **masking).loss
-            losses.append(loss.item())
-            lr = learning_rate(args, step, epoch, len(batches) * args.epochs)
-            stop_if_broken(losses[-1], epoch, step, lr, args)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-        dev = report.micro_f1(gold, tag(model, encoder, corpus.dev))
-        mean, seconds = sum(losses) / len(losses), time.perf_counter() - start
-        history.append({"epoch": epoch + 1, "loss": mean, "dev_f1": dev, "lr": lr, "seconds": seconds})
-        if dev > best:
-            save(Path(args.out) / "model", model, tokenizer)
-        star, best = "*" if dev > best else " ", max(dev, best)
-        print(f"epoch {epoch + 1:3}  loss {mean:.3f}  dev F1 {dev:.3f} {star} {seconds:5.0f} s", flush=True)
-    return history
+    def inputs(self, batch, generator):
+        strength, source_ids = weak_masking(batch, self.args.mask, self.args.soft, generator)
+        masking = {"strength": strength, "source_ids": source_ids}
+        return {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": batch.labels, **masking}
 
+    def items(self, inputs):
+        return int((inputs["labels"] != -100).sum())
 
-def stop_if_broken(loss: float, epoch: int, step: int, lr: float, args: argparse.Namespace) -> None:
-    """End the run at the first loss that is not a number: nothing after it could be saved."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"epoch {epoch + 1}, step {step + 1}: the loss is {loss} at learning rate {lr:.2e}: lower --lr (now {args.lr:g}) or "
-            f"--clip (now {args.clip:g}), or raise --warmup; the best model so far, if any, is in {Path(args.out) / 'model'}"
-        )
+    def evaluate(self, model):
+        return {self.metric: report.micro_f1(self.gold, tag(model, self.encoder, self.corpus.dev))}
 
 
 def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, float]]) -> None:
@@ -255,12 +193,17 @@ def main(argv: list[str] | None = None) -> int:
             f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} sub-words, "
             f"{args.attention} attention, palm_kernels {pk.__version__}, {torch.get_num_threads()} threads\n"
         )
-        finish(args, corpus, train(args, corpus, model, tokenizer))
-    except (DataError, FloatingPointError) as error:
+        objective = NamedEntities(args, corpus, model, tokenizer)
+        keywords = {"tokenizer": tokenizer, "best": "model", "resume": args.resume}
+        finish(args, corpus, fit(model, objective, Settings.of(args), args.out, **keywords))
+    except (DataError, CheckpointError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped; the best model so far, if any, is in {Path(args.out) / 'model'}", file=sys.stderr)
+        print(
+            f"stopped; the best model so far, if any, is in {Path(args.out) / 'model'}; --resume goes on",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -1,0 +1,93 @@
+"""Folders that are whole at every moment, and the state from which a run goes on bit for bit."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_weights
+
+STATE, OPTIMIZER = "state.json", "optimizer.pt"
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be used, with the reason and the way out."""
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """write(path) fills a new folder beside `folder`, which then becomes a link to it; the one before is removed.
+
+    The link changes in one rename: whenever the process or the machine stops, `folder` is the old one or the new one, whole.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_symlink():
+        raise CheckpointError(f"{folder}: a folder of somebody else's is in the way: move it, or write elsewhere")
+    before = folder.resolve() if folder.is_symlink() else None
+    number = int(before.name.rpartition(".")[2]) + 1 if before else 0
+    fresh = folder.with_name(f".{folder.name}.{number}")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was stopped while it wrote
+    fresh.mkdir()
+    write(fresh)
+    for path in fresh.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    link = folder.with_name(f".{folder.name}.link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(fresh.name)
+    link.replace(folder)
+    if before and before != fresh:
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def save_model(folder: Path, model, tokenizer=None) -> None:
+    """model and tokenizer as `from_pretrained` reads them (safetensors)."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def save_run(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """All that a run needs to go on, as one folder."""
+
+    def write(path: Path) -> None:
+        save_model(path, model, tokenizer)
+        torch.save(optimizer.state_dict(), path / OPTIMIZER)
+        (path / STATE).write_text(json.dumps(state, indent=1))
+
+    replace_folder(folder, write)
+
+
+def load_run(folder: Path, model, optimizer: torch.optim.Optimizer) -> dict:
+    """The state that save_run got, with model and optimizer as they were."""
+    folder = Path(folder)
+    for name in (STATE, OPTIMIZER, "model.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: no {name} in it: nothing to go on from")
+    try:
+        load_weights(model, folder / "model.safetensors")
+        optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
+        return json.loads((folder / STATE).read_text())
+    except Exception as error:
+        raise CheckpointError(f"{folder}: not a run of this model ({str(error).splitlines()[0]})") from error
+
+
+def load_model(kind, tokenizer_kind, folder: str | Path, **config):
+    """(model, tokenizer) saved in a folder, config fields replaced; a head of another size starts anew. CheckpointError if not a pair."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no saved model (no config.json in it)")
+    try:
+        model = kind.from_pretrained(folder, ignore_mismatched_sizes=True, **config)
+        tokenizer = tokenizer_kind.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}: not a pair"
+        )
+    return model, tokenizer
