@@ -26,6 +26,8 @@ from palm_kernels.models import (
     PaLMForTokenClassification,
     PaLMModel,
     PaLMTokenizer,
+    SharedPrefix,
+    generation,
     heads,
     modeling,
 )
@@ -553,6 +555,41 @@ def test_beams_through_a_cache():
     mask[-1] = 1
     keywords = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(ids, **keywords), model.generate(ids, use_cache=False, **keywords))
+
+
+@pytest.mark.parametrize("shape", ["default", "layer_norm, grouped, interleaved"])
+@pytest.mark.parametrize(
+    "keywords", [{"do_sample": False}, {"do_sample": False, "num_beams": 3}], ids=["greedy", "beams"]
+)
+def test_a_shared_prefix_gives_the_same_tokens(shape, keywords, monkeypatch):
+    model, (ids, mask, _) = build(initializer_factor=3.0, **SHAPES[shape]), batch()
+    ids[:, :6], mask[:] = ids[:1, :6], 1
+    mask[1, 6:9] = 0  # padding stands behind the prompt
+    keywords = {**keywords, "attention_mask": mask, "max_new_tokens": 7}
+    plain = model.generate(ids, **keywords)
+    prefix = SharedPrefix.of(model, ids[0, :6])
+    seen = calls_of(monkeypatch, generation, "attention")
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **{modeling._CACHE: prefix.fresh()}, **keywords), plain)
+    whole = [call for call in seen if call[0].shape[0] == 1]  # the prompt is met by all rows at once
+    assert whole and all(call[1].shape[:2] == (1, 6) for call in whole)
+    with torch.no_grad():
+        logits = model(ids[:, 6:], attention_mask=mask, past_key_values=prefix.fresh()).logits
+        same(logits[mask[:, 6:].bool()], model(ids, attention_mask=mask).logits[:, 6:][mask[:, 6:].bool()])
+
+
+def test_what_a_shared_prefix_needs():
+    with pytest.raises(ValueError, match="needs causal attention without a window"):
+        SharedPrefix.of(build(sliding_window=4), torch.ones(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"the prompt has shape \[2, 3\]"):
+        SharedPrefix.of(build(), torch.ones(2, 3, dtype=torch.long))
+
+
+def test_a_long_prompt_in_chunks():
+    model, (ids, mask, _) = build(initializer_factor=3.0), batch()
+    mask[-1] = 1
+    keywords = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(ids, prefill_chunk_size=4, **keywords), model.generate(ids, **keywords))
 
 
 # soft weak masking

@@ -60,6 +60,8 @@ def test_what_cannot_be_read(text, tmp_path, capsys):
         pretrain.main([*TINY, str(tmp_path / "nowhere")])
     assert pretrain.main([*TINY, text, "--resume", "--out", str(tmp_path)]) == 1
     assert "no saved model" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="error: Settings: epochs is 0"):
+        pretrain.main([*TINY, text, "--epochs", "0"])
     (tmp_path / "short").write_text("short")
     assert pretrain.main([*TINY, str(tmp_path / "short"), "--out", str(tmp_path)]) == 1
     assert "need at least 2: give more text" in capsys.readouterr().err

@@ -98,28 +98,15 @@ def replaced(path: Path, write: Callable[[Path], object]) -> Path:
     return beside.replace(path)
 
 
-def pictures(folder: Path, history: list[dict[str, float]], counts: list[list[int]], types: list[str]) -> list[Path]:
-    """learning_curve.png and confusion_matrix.png; an empty list where matplotlib is not installed."""
+def picture(folder: Path, counts: list[list[int]], types: list[str]) -> list[Path]:
+    """confusion_matrix.png; an empty list where matplotlib is not installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return []
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    epochs = [row["epoch"] for row in history]
-    figure, left = plt.subplots(figsize=(6, 4), layout="constrained")
-    left.plot(epochs, [row["loss"] for row in history], color="tab:gray", marker=".", label="training loss")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
-    right = left.twinx()
-    right.plot(epochs, [row["dev_f1"] for row in history], color="tab:blue", marker=".", label="dev F1")
-    right.set(ylabel="dev entity F1", ylim=(0, 1))
-    figure.legend(loc="outside upper center", ncols=2)
-    curve = replaced(folder / "learning_curve.png", partial(figure.savefig, dpi=120))
-
     names, size = ["O", *types], len(types) + 1
-    figure, axes = plt.subplots(figsize=(1.8 + 0.7 * size, 1.4 + 0.7 * size), layout="constrained")
+    figure = Figure(figsize=(1.8 + 0.7 * size, 1.4 + 0.7 * size), layout="constrained")
+    axes = figure.subplots()
     share = [[n / max(sum(row), 1) for n in row] for row in counts]
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(counts):
@@ -128,6 +115,4 @@ def pictures(folder: Path, history: list[dict[str, float]], counts: list[list[in
     axes.set_xticks(range(size), names, rotation=45)
     axes.set_yticks(range(size), names)
     axes.set(xlabel="found", ylabel="expected", title="words by type (colour: share of the row)")
-    matrix = replaced(folder / "confusion_matrix.png", partial(figure.savefig, dpi=120))
-    plt.close("all")
-    return [curve, matrix]
+    return [replaced(folder / "confusion_matrix.png", partial(figure.savefig, dpi=120))]

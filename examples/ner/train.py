@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 import palm_kernels as pk
 from palm_kernels.models import PaLMConfig, PaLMForTokenClassification, PaLMTokenizer
-from palm_kernels.train import CheckpointError, Settings, fit
+from palm_kernels.train import CheckpointError, Help, Settings, fit
 from palm_kernels.train import load_model as load_pair
 
 from . import report, synthetic
@@ -33,13 +33,6 @@ def share(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return float(text)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows each default, but not "None" where the text says what absence means."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -168,7 +161,7 @@ def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, flo
     counts = report.confusion(gold, found, corpus.types)
     metrics = {"test": result, "history": history, "types": corpus.types, "confusion": counts, "arguments": vars(args)}
     written = report.replaced(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
-    files = [out / "model", written, *report.pictures(out, history, counts, corpus.types)]
+    files = [out / "model", written, *report.picture(out, counts, corpus.types), out / "learning_curve.png"]
     print("\nwritten: " + ", ".join(map(str, files)))
     print(
         f'tag a text: python -m examples.ner.predict --model {out / "model"} "Ada Lovelace met Charles Babbage in London."'
@@ -177,6 +170,7 @@ def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, flo
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    settings = Settings.of(args)
     logging.disable_progress_bar()  # transformers' own, for each file saved
     torch.manual_seed(args.seed)
     if args.threads:
@@ -195,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         objective = NamedEntities(args, corpus, model, tokenizer)
         keywords = {"tokenizer": tokenizer, "best": "model", "resume": args.resume}
-        finish(args, corpus, fit(model, objective, Settings.of(args), args.out, **keywords))
+        finish(args, corpus, fit(model, objective, settings, args.out, **keywords))
     except (DataError, CheckpointError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

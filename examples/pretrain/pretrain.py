@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 import palm_kernels as pk
 from palm_kernels.models import PaLMConfig, PaLMForCausalLM, PaLMForMaskedLM, PaLMTokenizer
-from palm_kernels.train import CheckpointError, Language, MaskedLanguage, Settings, fit, load_model
+from palm_kernels.train import CheckpointError, Help, Language, MaskedLanguage, Settings, fit, load_model
 
 
 def texts(paths: list[str]) -> list[str]:
@@ -41,7 +41,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.pretrain.pretrain",
         description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     add = parser.add_argument_group("data and files").add_argument
     add("text", nargs="*", metavar="TEXT", help="UTF-8 text files; none: the prose that Python carries")
@@ -98,6 +98,7 @@ def show_continuations(model, tokenizer, rows: torch.Tensor, count: int = 3) -> 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    settings = Settings.of(args)
     logging.disable_progress_bar()  # transformers' own, for each file saved
     torch.manual_seed(args.seed)
     if args.threads:
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.objective}: {len(ids):,} tokens in rows of {args.length}, {len(objective.dev)} rows held out; {size:.2f} M parameters, "
             f"{len(tokenizer)} sub-words, palm_kernels {pk.__version__}, {torch.get_num_threads()} threads"
         )
-        history = fit(model, objective, Settings.of(args), args.out, tokenizer=tokenizer, resume=args.resume)
+        history = fit(model, objective, settings, args.out, tokenizer=tokenizer, resume=args.resume)
     except (CheckpointError, FloatingPointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

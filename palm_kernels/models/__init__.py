@@ -4,6 +4,7 @@ import transformers as _hf
 
 from . import convert
 from .configuration import PaLMConfig
+from .generation import SharedPrefix
 from .heads import (
     PaLMForCausalLM,
     PaLMForMaskedLM,
@@ -24,6 +25,7 @@ __all__ = [
     "PaLMModel",
     "PaLMPreTrainedModel",
     "PaLMTokenizer",
+    "SharedPrefix",
     "convert",
 ]
 

@@ -20,6 +20,7 @@ from ..ops.attention import attention, attention_decode, attention_varlen
 from ..ops.parallel_block import blocks_serve, decode_blocks
 from ..ops.soft_weak_embedding import soft_weak_embedding
 from .configuration import PaLMConfig
+from .generation import SharedPrefix, attend_shared
 
 # transformers renamed this output from past_key_values to cache
 _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -64,6 +65,9 @@ def _attend_cached(q, k, v, *, cache, layer, few, total, lengths, key_bias, wind
     """Attention of new tokens to all that the cache then holds of `total`; few: by attention_decode. Its tensors are [B,K,S,D]."""
     k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if isinstance(cache, SharedPrefix):
+        own_bias = None if key_bias is None else key_bias[:, cache.prefix_length :]
+        return attend_shared(q, k, v, cache.prefix[layer], own_bias)
     dropped = total - k.shape[1]
     if dropped < 0:  # a static cache has room for more
         k, v = k[:, :total], v[:, :total]

@@ -1,13 +1,15 @@
 """Fine-tuning and pre-training: one loop (`fit`), what it is told (`Settings`), what it learns (objectives)."""
 
 from .checkpoints import CheckpointError, load_model, replace_folder
-from .loop import Settings, fit
+from .loop import fit
 from .objectives import Language, MaskedLanguage, Objective, corrupt
 from .records import learning_curve
 from .schedules import learning_rate
+from .settings import Help, Settings
 
 __all__ = [
     "CheckpointError",
+    "Help",
     "Language",
     "MaskedLanguage",
     "Objective",
