@@ -406,13 +406,29 @@ def test_run_predict_and_continue(small, tmp_path, capsys):
 
     model = PaLMForTokenClassification.from_pretrained(tmp_path / "a/model")
     assert model.config.id2label[1] == "B-LOC" and model.config.attention == "bidirectional"
-    assert predict.main(["--model", str(tmp_path / "a/model"), "Ada met Bo (in Rome).", ""]) == 0
+    assert predict.main([str(tmp_path / "a/model"), "Ada met Bo (in Rome).", ""]) == 0
     first, second, *_ = capsys.readouterr().out.split("\n")
     assert "".join(c for c in first if c not in "[] ").startswith("Ada") and second == ""
-    assert predict.main(["--model", str(tmp_path / "nowhere"), "Ada"]) == 1
+    assert predict.main([str(tmp_path / "nowhere"), "Ada"]) == 1
     assert "no saved model" in capsys.readouterr().err
-    assert predict.main(["--model", str(tmp_path / "a/model"), "x" * 300]) == 1
-    assert "sub-words, a row holds 256" in capsys.readouterr().err
+    assert predict.main([str(tmp_path / "a/model"), "--file", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    hostile = [
+        "x" * 3000,
+        " " * 50,
+        "a\0b",
+        "\u202eEda in Rome",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467 e\u0301",
+        "",
+        "Bo " * 2000,
+    ]
+    (tmp_path / "lines").write_bytes("\n".join(hostile).encode() + b"\n\xff\xfe in Rome\r\n")
+    assert predict.main([str(tmp_path / "a/model"), "--file", str(tmp_path / "lines"), "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [a["text"] for a in answers] == [*hostile, "\ufffd\ufffd in Rome"]
+    for answer in answers:
+        for e in answer["entities"]:
+            assert answer["text"][e["start"] : e["end"]] == e["text"] and e["type"] in ("LOC", "MISC", "ORG", "PER")
 
     assert run(small, tmp_path / "c", "--model", str(tmp_path / "a/model"), "--attention", "causal") == 0
     continued = json.loads((tmp_path / "c/metrics.json").read_text())

@@ -38,10 +38,13 @@ class Batch:
 
 
 class Encoder:
-    """Words to the sub-words of a tokenizer, at most `limit` to a row; each word is encoded once and remembered."""
+    """Words to the sub-words of a tokenizer, at most `limit` to a row; each word is encoded once and remembered.
 
-    def __init__(self, tokenizer, labels: list[str], limit: int):
-        self.tokenizer, self.labels, self.limit = tokenizer, labels, limit
+    A word that no row holds is an error, or with `shorten` loses its end.
+    """
+
+    def __init__(self, tokenizer, labels: list[str], limit: int, shorten: bool = False):
+        self.tokenizer, self.labels, self.limit, self.shorten = tokenizer, labels, limit, shorten
         self.class_of = {label: i for i, label in enumerate(labels)}
         self.known: dict[str, list[int]] = {}
 
@@ -65,6 +68,8 @@ class Encoder:
     def rows(self, sentence: Sentence, index: int = 0, natural: bool = False) -> list[Row]:
         """The sentence as one row, or as several where it is too long, cut between words and if possible not inside an entity."""
         pieces, rows, first = self.pieces(sentence.words, natural), [], 0
+        if self.shorten:
+            pieces = [piece[: self.limit] for piece in pieces]
         while first < len(pieces):
             end, size = first, 0
             while end < len(pieces) and size + len(pieces[end]) <= self.limit:

@@ -163,9 +163,7 @@ def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, flo
     written = report.replaced(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
     files = [out / "model", written, *report.picture(out, counts, corpus.types), out / "learning_curve.png"]
     print("\nwritten: " + ", ".join(map(str, files)))
-    print(
-        f'tag a text: python -m examples.ner.predict --model {out / "model"} "Ada Lovelace met Charles Babbage in London."'
-    )
+    print(f'tag a text: python -m examples.ner.predict {out / "model"} "Ada Lovelace met Charles Babbage in London."')
 
 
 def main(argv: list[str] | None = None) -> int:
