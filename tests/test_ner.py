@@ -5,6 +5,8 @@ import json
 import os
 import random
 import sys
+import types
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -294,6 +296,35 @@ def test_cut_spares_entities_and_refuses_long_words():
         data.DataError, match=r"x\.txt:3: the word 'long' has 4 sub-words, a row holds 3: set --max-length"
     ):
         encoder.rows(data.Sentence(["a", "long"], ["O", "O"], "x.txt:3"))
+
+
+def test_long_sentences_are_tagged_in_windows_that_overlap(tokenizer):
+    encoder = batches.Encoder(tokenizer, LABELS, 40)
+    words = [f"w{i}" for i in range(60)]
+    rows = encoder.windows(data.Sentence(words, ["O"] * 60), 0)
+    assert len(rows) > 3 and all(len(row.ids) <= 40 for row in rows)
+    spans = [(row.first, row.first + len(row.labels)) for row in rows]
+    assert spans[0][0] == 0 and spans[-1][1] == 60
+    for (a, b), (c, d) in pairwise(spans):
+        assert a < c < b < d  # some words are in both
+    assert len(encoder.windows(data.Sentence(words[:5], ["O"] * 5), 0)) == 1
+
+    class Seen(torch.nn.Module):
+        """Says B-LOC, but not for a window's first and last word where the sentence goes on."""
+
+        device = torch.device("cpu")
+
+        def forward(self, ids, attention_mask):
+            logits = torch.zeros(*ids.shape, len(LABELS))
+            for i, n in enumerate(attention_mask.sum(1).tolist()):
+                row = next(r for r in rows if r.ids == ids[i, :n].tolist())
+                last = row.first + len(row.labels) - 1
+                inner = [(w > row.first or w == 0) and (w < last or w == 59) for w in row.words]
+                logits[i, :n, 1] = 9.0 * torch.tensor(inner)
+            return types.SimpleNamespace(logits=logits)
+
+    (tags,) = batches.tag(Seen(), encoder, [data.Sentence(words, ["O"] * 60)])
+    assert tags == [LABELS[1]] * 60
 
 
 def test_best_path_is_the_best_valid_one():

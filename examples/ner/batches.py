@@ -90,6 +90,24 @@ class Encoder:
             first = end
         return rows
 
+    def windows(self, sentence: Sentence, index: int) -> list[Row]:
+        """The sentence as one row, or as several that overlap by about a quarter, so that each word is seen with words on both sides."""
+        pieces, rows, first = self.pieces(sentence.words), [], 0
+        if self.shorten:
+            pieces = [piece[: self.limit] for piece in pieces]
+        sizes = np.array([len(piece) for piece in pieces])
+        if sizes.sum() <= self.limit or sizes.max() > self.limit:
+            return self.rows(sentence, index)
+        while True:
+            end = first + int(np.searchsorted(sizes[first:].cumsum(), self.limit, "right"))
+            ids = [i for piece in pieces[first:end] for i in piece]
+            words = [k for k in range(first, end) for _ in pieces[k]]
+            rows.append(Row(ids, words, [0] * (end - first), index, first))
+            if end == len(pieces):
+                return rows
+            behind = sizes[first:end][::-1].cumsum()  # sub-words from a word to the window's end
+            first = max(first + 1, end - int(np.searchsorted(behind, self.limit // 4, "right")))
+
 
 def collate(rows: list[Row], pad_id: int) -> Batch:
     """Rows padded to the longest."""
@@ -133,19 +151,26 @@ def best_path(scores: np.ndarray, cost: np.ndarray) -> list[int]:
 
 @torch.inference_mode()
 def tag(model, encoder: Encoder, sentences: list[Sentence], size: int = 32) -> list[list[str]]:
-    """The IOB2 tags that the model gives the words of each sentence; the model is left in eval mode."""
+    """The IOB2 tags that the model gives the words of each sentence; the model is left in eval mode.
+
+    Of two windows that hold a word, the one with more words between it and the window's nearer end is believed.
+    """
     model.eval()
     cost, scores = forbidden(encoder.labels), [np.zeros((len(s.words), len(encoder.labels))) for s in sentences]
-    bare = [
-        Sentence(s.words, ["O"] * len(s.words), s.where) for s in sentences
-    ]  # long ones are cut without a look at the answer
-    rows = [row for i, s in enumerate(bare) for row in encoder.rows(s, i)]
+    margins = [np.full(len(s.words), -1) for s in sentences]
+    bare = [Sentence(s.words, ["O"] * len(s.words), s.where) for s in sentences]  # cut without a look at the answer
+    rows = [row for i, s in enumerate(bare) for row in encoder.windows(s, i)]
     rows.sort(key=lambda row: len(row.ids))
     for start in range(0, len(rows), size):
         batch = collate(rows[start : start + size], encoder.tokenizer.pad_token_id)
         device = model.device
         logits = model(batch.ids.to(device), attention_mask=batch.mask.to(device)).logits.float().log_softmax(-1).cpu()
         for i, row in enumerate(batch.rows):
-            first = row.first
-            scores[row.sentence][first : first + len(row.labels)] = logits[i][batch.labels[i] >= 0].numpy()
+            count, words = len(row.labels), len(margins[row.sentence])
+            left = np.arange(count) if row.first else np.full(count, words)
+            right = np.arange(count)[::-1] if row.first + count < words else np.full(count, words)
+            margin, here = np.minimum(left, right), slice(row.first, row.first + count)
+            better = margin > margins[row.sentence][here]
+            margins[row.sentence][here][better] = margin[better]
+            scores[row.sentence][here][better] = logits[i][batch.labels[i] >= 0].numpy()[better]
     return [[encoder.labels[k] for k in best_path(s, cost)] if len(s) else [] for s in scores]

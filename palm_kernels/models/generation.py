@@ -34,7 +34,7 @@ class SharedPrefix(DynamicCache):
         cache = DynamicCache(config=config)
         trunk = getattr(model, "model", model)
         trunk(input_ids=ids, use_cache=True, past_key_values=cache)
-        return cls([(layer.keys, layer.values) for layer in cache.layers], config)
+        return cls([(layer.keys, layer.values) for layer in cache.layers], config)  # type: ignore
 
     def fresh(self) -> "SharedPrefix":
         """The same prompt with nothing behind it, for another batch."""
