@@ -46,6 +46,7 @@ def learning_curve(records: list[dict], metric: str, path: Path) -> Path | None:
     axes = figure.subplots()
     epochs = [r["epoch"] for r in records]
     axes.plot(epochs, [r["loss"] for r in records], "o-", color="tab:blue", label="training loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
     held_out = [(r["epoch"], r[metric]) for r in records if metric in r]
@@ -53,8 +54,7 @@ def learning_curve(records: list[dict], metric: str, path: Path) -> Path | None:
         other = axes.twinx()
         other.plot(*zip(*held_out, strict=True), "s-", color="tab:orange", label=metric)
         other.set_ylabel(metric)
-        axes.plot([], [], "s-", color="tab:orange", label=metric)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     axes.grid(alpha=0.3)
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=120, format="png")
