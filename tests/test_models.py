@@ -503,6 +503,22 @@ def test_decode_step_says_what_does_not_fit():
         model.model(input_ids=ids[:, :1], position_ids=torch.tensor([[4000]]), use_cache=True)
 
 
+def test_decode_step_on_strided_inputs_and_weights(monkeypatch):
+    model, ids = build(), batch()[0]
+    embeds = model.model.embed_tokens(ids).detach()
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds).logits[:, -1:]
+        for block in model.model.layers:
+            for linear in (block.in_proj, block.out_proj):
+                linear.weight = nn.Parameter(linear.weight.t().contiguous().t())
+        steps = calls_of(monkeypatch, modeling, "decode_blocks")
+        cache = cache_of(model(inputs_embeds=embeds[:, :-1], use_cache=True))
+        strided = embeds[:, -1:].transpose(0, 2).contiguous().transpose(0, 2)
+        assert strided.stride(-1) != 1
+        same(model(inputs_embeds=strided, cache=cache).logits, expected)
+    assert len(steps) == 1
+
+
 def test_a_full_static_cache_says_so():
     model, ids = build(), batch()[0]
     cache = StaticCache(config=model.config, max_cache_len=9)

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.attention import attention, attention_decode, attention_varlen
+from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen
 
 NAME = "palm_kernels"
-DECODE_ROWS = 128  # query heads times new tokens up to which attention_decode is the faster reader of a cache
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_called, why_not_plain
-from ..ops.attention import attention, attention_decode, attention_varlen
+from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen
 from ..ops.parallel_block import blocks_serve, decode_blocks
 from ..ops.soft_weak_embedding import soft_weak_embedding
 from .configuration import PaLMConfig
@@ -24,7 +24,6 @@ from .generation import SharedPrefix, attend_shared
 
 # transformers renamed this output from past_key_values to cache
 _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
-DECODE_ROWS = 128  # H * T up to which attention_decode is the faster reader of a cache
 # layers of a cache whose update gives back what they store
 STORED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
 

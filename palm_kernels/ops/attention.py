@@ -16,6 +16,7 @@ from ..checks import (
 from ..dispatch import define, empty, empty_statistic, flops, needs_autograd, public, refuse_double_backward
 
 MAX_HEAD_DIM = 256
+DECODE_ROWS = 128  # query heads times new tokens up to which attention_decode is the faster reader of a cache
 OPTIONS = "bool causal, float scale, int left, int right"
 
 
