@@ -313,7 +313,7 @@ def decode_blocks(
     """
     if x.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
-    x, weights = last_contiguous(x), [[last_contiguous(w) for w in part] for part in weights]  # type: ignore
+    x, weights = last_contiguous(x), [[last_contiguous(w) for w in part] for part in weights]
     left, right = normalise_window("decode_blocks", window, True)
     bias = normalise_bias("decode_blocks", key_bias, x, (len(x), k_caches[0].shape[2]), "[B,Smax] or [1,Smax]")
     out = torch.empty_like(x)

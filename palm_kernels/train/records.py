@@ -46,7 +46,7 @@ def learning_curve(records: list[dict], metric: str, path: Path) -> Path | None:
     axes = figure.subplots()
     epochs = [r["epoch"] for r in records]
     axes.plot(epochs, [r["loss"] for r in records], "o-", color="tab:blue", label="training loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
     held_out = [(r["epoch"], r[metric]) for r in records if metric in r]
