@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -185,8 +186,38 @@ def test_early_stopping_and_limits(tmp_path):
     assert len(history) == 3
     _, history = run(tmp_path / "b", steps=5)
     assert history[-1]["step"] == 5
+    assert run(tmp_path / "b", steps=5, resume=True)[1] == history  # nothing is left to do
     _, history = run(tmp_path / "c", minutes=1e-9)
     assert history[-1]["step"] == 1
+
+
+def test_a_run_cut_inside_an_epoch_goes_on_there(tmp_path):
+    """The rest of the epoch is not lost, and no step is taken twice."""
+    _, history = run(tmp_path / "a", steps=5, schedule="constant", warmup=0.0)
+    per_epoch = len(Language(ids(), 20, 8).epoch(random.Random(0)))
+    assert history[-1]["epoch"] == round(5 / per_epoch, 2)
+    resumed, _ = run(tmp_path / "a", steps=None, schedule="constant", warmup=0.0, resume=True)
+    whole, _ = run(tmp_path / "b", schedule="constant", warmup=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_learning_rate_falls_with_the_time_that_is_left(tmp_path, monkeypatch):
+    """60 minutes, of which each step takes 10: the last of 7 steps is at the schedule's end, though the epochs ask for more."""
+    from palm_kernels.train import loop
+
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    original = torch.nn.utils.clip_grad_norm_
+
+    def slow(*args):
+        clock[0] += 600.0
+        return original(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", slow)
+    run(tmp_path, minutes=60, schedule="linear", warmup=0.0)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [r["lr"] for r in records if "lr" in r]
+    assert rates == pytest.approx([1e-2 - 9e-3 * i / 6 for i in range(6)] + [1e-3], rel=0.2)
 
 
 def test_bf16_and_what_cannot_be(tmp_path):

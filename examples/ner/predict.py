@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers.utils import logging
 
 from palm_kernels.train import CheckpointError, Help
 
@@ -60,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.text and args.file:
         parser.error("give texts or --file, not both")
-    logging.disable_progress_bar()
     try:
         model, tokenizer = load_model(args.model)
         labels = [model.config.id2label[i] for i in range(model.config.num_labels)]

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 import palm_kernels as pk
 from palm_kernels.models import PaLMConfig, PaLMForTokenClassification, PaLMTokenizer
@@ -169,7 +168,6 @@ def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, flo
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     settings = Settings.of(args)
-    logging.disable_progress_bar()  # transformers' own, for each file saved
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)

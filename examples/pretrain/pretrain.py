@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 import palm_kernels as pk
 from palm_kernels.models import PaLMConfig, PaLMForCausalLM, PaLMForMaskedLM, PaLMTokenizer
@@ -99,7 +98,6 @@ def show_continuations(model, tokenizer, rows: torch.Tensor, count: int = 3) -> 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     settings = Settings.of(args)
-    logging.disable_progress_bar()  # transformers' own, for each file saved
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)

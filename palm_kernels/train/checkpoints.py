@@ -1,5 +1,6 @@
 """Folders that are whole at every moment, and the state from which a run goes on bit for bit."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
+from transformers.utils import logging
 
 STATE, OPTIMIZER = "state.json", "optimizer.pt"
 
@@ -44,6 +46,19 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(before, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _no_bars():
+    """Without transformers' progress bars, one for each file of a model."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@_no_bars()
 def save_model(folder: Path, model, tokenizer=None) -> None:
     """model and tokenizer as `from_pretrained` reads them (safetensors)."""
     model.save_pretrained(folder)
@@ -76,6 +91,7 @@ def load_run(folder: Path, model, optimizer: torch.optim.Optimizer) -> dict:
         raise CheckpointError(f"{folder}: not a run of this model ({str(error).splitlines()[0]})") from error
 
 
+@_no_bars()
 def load_model(kind, tokenizer_kind, folder: str | Path, **config):
     """(model, tokenizer) saved in a folder, config fields replaced; a head of another size starts anew. CheckpointError if not a pair."""
     folder = Path(folder)

@@ -1,7 +1,8 @@
 """The loop: epochs of steps of micro-batches, a held-out figure, the best and the last model, and a way to go on.
 
 A run is a function of its data, its Settings and nothing else: the order of an epoch's batches comes from (seed, epoch), what a step
-draws (dropout, masks) from (seed, step). So a run that was killed and resumed ends with the same bits as one that was not.
+draws (dropout, masks) from (seed, step). So a run that was killed and resumed ends with the same bits as one that was not; but with
+Settings.minutes the clock ends the run and moves the learning rate.
 """
 
 import dataclasses
@@ -93,7 +94,13 @@ class Run:
             total += float(loss.detach())
             state["tokens"] += given["input_ids"].numel()
         lr = learning_rate(
-            s.schedule, state["step"], steps, lr=s.lr, final_lr=s.final_lr, warmup=s.warmup, epoch=epoch_share
+            s.schedule,
+            self.schedule_step(steps),
+            steps,
+            lr=s.lr,
+            final_lr=s.final_lr,
+            warmup=s.warmup,
+            epoch=epoch_share,
         )
         if not math.isfinite(total):
             raise FloatingPointError(
@@ -111,12 +118,19 @@ class Run:
         self.records.add({"step": state["step"], "step_loss": total, "lr": lr})
         return total
 
-    def end_epoch(self) -> bool:
-        """Held-out figures, the best model, a line of history; whether the run goes on."""
-        s, state, objective = self.settings, self.state, self.objective
+    def schedule_step(self, steps: int) -> int:
+        """The step whose learning rate is due: under a time limit the share of time that is gone, where that is more."""
+        limit, step = self.settings.minutes, self.state["step"]
+        if limit is None:
+            return step
+        return min(steps - 1, max(step, int(steps * self.seconds() / (60 * limit))))
+
+    def evaluate(self, done: float) -> None:
+        """Held-out figures after `done` epochs, the best model, a line of history."""
+        state, objective = self.state, self.objective
         figures = objective.evaluate(self.model)
         mean = state["losses"] / max(1, state["items"])
-        record = {"epoch": state["epoch"] + 1, "step": state["step"], "loss": mean, **figures}
+        record = {"epoch": done, "step": state["step"], "loss": mean, **figures}
         record |= {"tokens": state["tokens"], "seconds": round(self.seconds(), 1)}
         value = figures.get(objective.metric)
         sign = 1 if objective.larger else -1
@@ -129,18 +143,22 @@ class Run:
         state["history"].append(record)
         self.records.add(record)
         told = "".join(f"  {name} {number:.4g}" for name, number in figures.items())
-        self.say(f"epoch {record['epoch']:3}  loss {mean:.4g}{told} {'*' if better else ' '} {self.seconds():6.0f} s")
-        state |= {"epoch": state["epoch"] + 1, "in_epoch": 0, "losses": 0.0, "items": 0}
-        self.save()
-        return not (s.patience and state["since"] >= s.patience)
+        self.say(f"epoch {done:3}  loss {mean:.4g}{told} {'*' if better else ' '} {self.seconds():6.0f} s")
 
-    def out_of_time(self) -> bool:
-        limit = self.settings.minutes
-        return limit is not None and self.seconds() > 60 * limit
+    def used_up(self) -> bool:
+        """Whether the steps or the minutes are."""
+        done, steps, minutes = self.state["step"], self.settings.steps, self.settings.minutes
+        late = minutes is not None and done > 0 and self.seconds() > 60 * minutes
+        return late or (steps is not None and done >= steps)
+
+    def goes_on(self) -> bool:
+        s, state = self.settings, self.state
+        patient = s.patience is None or state["since"] < s.patience
+        return state["epoch"] < s.epochs and patient and not self.used_up()
 
     def epochs(self) -> None:
         s, state = self.settings, self.state
-        while state["epoch"] < s.epochs:
+        while self.goes_on():
             batches = self.objective.epoch(random.Random(_seed(s.seed, "epoch", state["epoch"])))
             groups = [batches[i : i + s.accumulate] for i in range(0, len(batches), s.accumulate)]
             steps = s.steps or len(groups) * s.epochs
@@ -159,19 +177,23 @@ class Run:
                 loss = self.step(group, steps, share)
                 state["in_epoch"] += 1
                 bar.set_postfix_str(f"loss {loss:.3f}, {state['tokens'] / max(1e-9, self.seconds()):.0f} tokens/s")
-                stop = state["step"] == s.steps or self.out_of_time()
-                if stop:
+                if self.used_up():
                     break
                 if s.save_every and state["step"] % s.save_every == 0:
                     self.save()
-            if not self.end_epoch() or state["step"] == s.steps or self.out_of_time():
-                return
+            whole = state["in_epoch"] == len(groups)
+            self.evaluate(state["epoch"] + (1 if whole else round(state["in_epoch"] / len(groups), 2)))
+            if whole:
+                state |= {"epoch": state["epoch"] + 1, "in_epoch": 0, "losses": 0.0, "items": 0}
+            self.save()
 
 
 def fit(
     model, objective: Objective, settings: Settings, out, *, tokenizer=None, resume=False, best="best", say=print
 ) -> list[dict]:
     """Trains the model; returns a record an epoch: {"epoch", "step", "loss", the held-out figures, "tokens", "seconds"}.
+
+    "epoch" counts those that are done, with a fraction where steps or minutes ended the run inside one; it goes on from there.
 
     out/best (another name: `best`): the model (and tokenizer) of the best epoch, for `from_pretrained`. out/last: the state to resume
     from, written after each epoch and every save_every steps. out/metrics.jsonl, out/tensorboard, out/learning_curve.png: what
