@@ -108,9 +108,10 @@ def gpu_clock(cuda=torch.cuda, flush=None):
 
 
 def _fastest(call, device: str, repeats: int) -> float:
-    """Seconds of the fastest of `repeats` calls after one unmeasured: a peak is a best, not a median."""
+    """Seconds of the fastest of `repeats` calls after one unmeasured: a peak is a best, not a median. One that takes long is not repeated."""
     clock = gpu_clock() if device == "cuda" else cpu_clock
-    return min([clock(call) for _ in range(repeats + 1)][1:])
+    first = clock(call)
+    return first if first > 2 else min(clock(call) for _ in range(repeats))
 
 
 def _unit(unit: str, repeats: int) -> float | None:

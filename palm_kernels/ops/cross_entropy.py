@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import gemm
 from ..checks import autocast, check_device, check_dim, check_floats, check_integers, check_shape, companion, distinct
 from ..dispatch import define, empty, flops, last_contiguous, needs_autograd, public, refuse_double_backward, select
 
@@ -149,8 +150,10 @@ def _chunk_rows(kept: int, classes: int, itemsize: int, device: str = "cpu") -> 
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool, scratch: Tensor | None) -> None:
-    """total (+)= a b; where total is wider than a and b by way of scratch, or by a GEMM that adds to float32 (torch has it on CUDA)."""
-    if scratch is not None:
+    """total (+)= a b; where total is wider than a and b by way of scratch, or by a GEMM that adds to float32."""
+    if gemm.widens(a):
+        gemm.mm(a, b, total) if first else gemm.addmm(total, a, b, total)
+    elif scratch is not None:
         torch.mm(a, b, out=scratch)
         total.copy_(scratch) if first else total.add_(scratch)
     elif total.dtype == a.dtype:
@@ -174,6 +177,7 @@ def _chunks(hidden, linear_weight, linear_bias, kept, ignored, row_inputs, row_o
     step = _chunk_rows(n, V, hidden.element_size(), hidden.device.type)
     buffer = empty(hidden, (step, V))
     narrow = dweight is not None and dweight.dtype != hidden.dtype and hidden.device.type == "cpu"
+    narrow = narrow and not gemm.widens(hidden)
     scratch = empty(hidden, (V, hidden.shape[1])) if narrow else None
     for lo in range(0, n, max(1, step)):
         part = slice(lo, min(n, lo + step))
@@ -182,15 +186,15 @@ def _chunks(hidden, linear_weight, linear_bias, kept, ignored, row_inputs, row_o
             h = h.masked_fill(ignored[part], 0)
         x = buffer[: h.shape[0]]
         if linear_bias is None:
-            torch.mm(h, linear_weight.t(), out=x)
+            gemm.mm(h, linear_weight.t(), x)
         else:
-            torch.addmm(linear_bias, h, linear_weight.t(), out=x)
+            gemm.addmm(linear_bias, h, linear_weight.t(), x)
         target, token_weight, dloss = (t if t is None else t[part] for t in row_inputs)
         bad = kernel(x, target, weight, token_weight, dloss, *options, wanted, *row_outputs[:, part])
         if bad is not None and bad >= 0:
             return lo + bad
         if dhidden is not None:
-            product = torch.mm(x, linear_weight, out=dhidden[part] if kept is None else None)
+            product = gemm.mm(x, linear_weight, dhidden[part] if kept is None else torch.empty_like(h))
             if ignored is not None:
                 product.masked_fill_(ignored[part], 0)
             if kept is not None:

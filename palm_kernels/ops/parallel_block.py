@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import gemm
 from ..checks import (
     HALVES,
     autocast,
@@ -108,7 +109,7 @@ def _fwd_body(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix
         fused, lse = empty(w_in, (B, T, w_in.shape[0])), empty_statistic(w_in, (B, H, T))
     statistics = (mean if norm == "layer_norm" else None, rstd) if save else (None, None)
     normed = _apply_norm(norm, x, norm_weight, eps, offset, *statistics, w_in.dtype)
-    torch.mm(normed, w_in.t(), out=fused.flatten(0, 1))
+    gemm.mm(normed, w_in.t(), fused.flatten(0, 1))
     del normed
     q, k, v, gate, up = _split(fused, H, K, D)
     for part in (q, k):
@@ -128,13 +129,13 @@ def _fwd_body(x, norm_weight, w_in, w_out, cos, sin, positions, key_bias, prefix
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out=empty(a, (a.shape[0], b.shape[1])))
+    return gemm.mm(a, b, empty(a, (a.shape[0], b.shape[1])))
 
 
 def _add_product(x: Tensor, a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = x + a b, in one GEMM where the dtypes are one."""
     if x.dtype == a.dtype:
-        torch.addmm(x.reshape(-1, x.shape[-1]), a, b, out=out.flatten(0, 1))
+        gemm.addmm(x.reshape(-1, x.shape[-1]), a, b, out.flatten(0, 1))
     else:  # autocast: the residual stream keeps its own dtype
         torch.add(x, _product(a, b).view(x.shape), out=out)
 
@@ -174,7 +175,7 @@ def _bwd_body(
         mixed = empty(fused, (*x.shape[:2], w_out.shape[1]))
         mixed[..., : H * D].unflatten(-1, (H, D)).copy_(attended)
         _kernel("swiglu", "swiglu_fwd", gate)(gate, up, mixed[..., H * D :])
-        torch.mm(dresult.t(), mixed.flatten(0, 1), out=dw_out)
+        gemm.mm(dresult.t(), mixed.flatten(0, 1), dw_out)
         del mixed
     if not (want_x or want_norm or want_in or want_bias):
         return outs
@@ -196,7 +197,7 @@ def _bwd_body(
     dprojection = dfused.flatten(0, 1)
     if want_in:
         normed = _apply_norm(norm, x, norm_weight, eps, offset, None, None, w_in.dtype)
-        torch.mm(dprojection.t(), normed, out=dw_in)
+        gemm.mm(dprojection.t(), normed, dw_in)
         del normed
     if want_x or want_norm:
         dnormed = _product(dprojection, w_in).view(x.shape).to(x.dtype)
