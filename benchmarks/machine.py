@@ -108,7 +108,7 @@ def gpu_clock(cuda=torch.cuda, flush=None):
 
 
 def _fastest(call, device: str, repeats: int) -> float:
-    """Seconds of the fastest of `repeats` calls after one unmeasured: a peak is a best, not a median. One that takes long is not repeated."""
+    """Seconds of the fastest of `repeats` calls after one unmeasured: a peak is a best, not a median. A long one stands alone."""
     clock = gpu_clock() if device == "cuda" else cpu_clock
     first = clock(call)
     return first if first > 2 else min(clock(call) for _ in range(repeats))

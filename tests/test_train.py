@@ -136,13 +136,13 @@ def test_killed_while_saving(tmp_path):
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         import test_train
         from palm_kernels.train import checkpoints
-        save, calls = checkpoints.save_model, []
-        def killed(folder, *rest):
-            save(folder, *rest)
-            calls.append(folder)
+        save, calls = checkpoints.save_weights, []
+        def killed(*args):
+            save(*args)
+            calls.append(args)
             if len(calls) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-        checkpoints.save_model = killed
+        checkpoints.save_weights = killed
         test_train.run({str(tmp_path / "cut")!r})
     """)
     done = subprocess.run([sys.executable, "-c", script], timeout=300)

@@ -150,13 +150,13 @@ def best_path(scores: np.ndarray, cost: np.ndarray) -> list[int]:
 
 
 @torch.inference_mode()
-def tag(model, encoder: Encoder, sentences: list[Sentence], size: int = 32) -> list[list[str]]:
-    """The IOB2 tags that the model gives the words of each sentence; the model is left in eval mode.
+def word_scores(model, encoder: Encoder, sentences: list[Sentence], size: int = 32) -> list[np.ndarray]:
+    """The log-probabilities [words,K] of each sentence's words; the model is left in eval mode.
 
     Of two windows that hold a word, the one with more words between it and the window's nearer end is believed.
     """
     model.eval()
-    cost, scores = forbidden(encoder.labels), [np.zeros((len(s.words), len(encoder.labels))) for s in sentences]
+    scores = [np.zeros((len(s.words), len(encoder.labels))) for s in sentences]
     margins = [np.full(len(s.words), -1) for s in sentences]
     bare = [Sentence(s.words, ["O"] * len(s.words), s.where) for s in sentences]  # cut without a look at the answer
     rows = [row for i, s in enumerate(bare) for row in encoder.windows(s, i)]
@@ -173,4 +173,15 @@ def tag(model, encoder: Encoder, sentences: list[Sentence], size: int = 32) -> l
             better = margin > margins[row.sentence][here]
             margins[row.sentence][here][better] = margin[better]
             scores[row.sentence][here][better] = logits[i][batch.labels[i] >= 0].numpy()[better]
-    return [[encoder.labels[k] for k in best_path(s, cost)] if len(s) else [] for s in scores]
+    return scores
+
+
+def best_tags(scores: list[np.ndarray], labels: list[str]) -> list[list[str]]:
+    """The likeliest IOB2 tags that form whole entities, for each sentence's scores [words,K]."""
+    cost = forbidden(labels)
+    return [[labels[k] for k in best_path(s, cost)] if len(s) else [] for s in scores]
+
+
+def tag(model, encoder: Encoder, sentences: list[Sentence], size: int = 32) -> list[list[str]]:
+    """The IOB2 tags that the model gives the words of each sentence."""
+    return best_tags(word_scores(model, encoder, sentences, size), encoder.labels)

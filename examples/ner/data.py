@@ -32,7 +32,7 @@ SUFFIXES = {
     ".valid",
     ".test",
 }
-SUFFIXES |= {".testa", ".testb", ".annotated"}
+SUFFIXES |= {".testa", ".testb", ".annotated", ".bioes", ".bmes", ".char", ".ner", ".utf8"}
 
 
 class DataError(ValueError):
@@ -210,7 +210,7 @@ def scheme(sentences: list[Sentence]) -> str:
             starts += tag[0] == "B" and before[1:] != tag[1:]
     if not orphans:
         return "IOB2"
-    return "IOB1" if not starts else "IOB2 with stray I- tags"
+    return "IOB1" if starts < orphans else "IOB2 with stray I- tags"
 
 
 # Finding and loading a data set

@@ -1,15 +1,21 @@
 """What a run ends with: the entity-level table, coloured sentences, and pictures where matplotlib is installed."""
 
+import math
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from .data import entities
 
 COLOURS = (36, 33, 35, 32, 34, 31, 96, 93, 95, 92, 94, 91)  # ANSI foregrounds, one a type, in the order of the types
+
+ERRORS = ("right", "missed", "wrong bounds", "wrong type", "wrong type and bounds")
 
 
 def scores(gold: list[list[str]], found: list[list[str]]) -> dict[str, dict[str, float]]:
@@ -76,6 +82,54 @@ def examples(sentences, found: list[list[str]], types: list[str], count: int = 5
             if tags != sentence.tags:
                 lines.append("    expected: " + marked(sentence.words, sentence.tags, types, colour))
     return "\n".join(lines)
+
+
+# Errors
+
+
+def kinds_of_error(gold: list[str], found: list[str]) -> Counter[str]:
+    """What became of the expected entities of a sentence, and "spurious": found entities that touch none that is expected."""
+    expected, given = entities(gold), entities(found)
+    counts: Counter[str] = Counter()
+    for kind, first, end in expected:
+        touching = [g for g in given if g[1] < end and first < g[2]]
+        if (kind, first, end) in touching:
+            counts["right"] += 1
+        elif any(g[1:] == (first, end) for g in touching):
+            counts["wrong type"] += 1
+        elif any(g[0] == kind for g in touching):
+            counts["wrong bounds"] += 1
+        else:
+            counts["wrong type and bounds" if touching else "missed"] += 1
+    counts["spurious"] += sum(all(e[2] <= first or end <= e[1] for e in expected) for _, first, end in given)
+    return counts
+
+
+def worst(sentences, found: list[list[str]], scores: list[np.ndarray], labels: list[str], count: int = 50) -> str:
+    """What kinds of error there are, and the sentences that surprised the model most.
+
+    scores: log-probabilities [words,K] by sentence. A sentence's loss is the sum of -log p(expected tag) over its words.
+    """
+    kinds = sum((kinds_of_error(s.tags, tags) for s, tags in zip(sentences, found, strict=True)), Counter())
+    lines = ["expected entities: " + ", ".join(f"{kinds[k]} {k}" for k in ERRORS) + f"; {kinds['spurious']} spurious"]
+    lines += ["", f"worst sentences, by the loss of their tags (nats); all labels: {', '.join(labels)}"]
+    class_of, types = {label: i for i, label in enumerate(labels)}, sorted({label[2:] for label in labels} - {""})
+    losses = [-s[np.arange(len(s)), [class_of[t] for t in x.tags]] for x, s in zip(sentences, scores, strict=True)]
+    wrong = [i for i, (s, tags) in enumerate(zip(sentences, found, strict=True)) if s.tags != tags]
+    for place, i in enumerate(sorted(wrong, key=lambda i: -losses[i].sum())[:count], 1):
+        s = sentences[i]
+        lines += [
+            "",
+            f"{place}. loss {losses[i].sum():.2f}  {s.where}",
+            f"   found:    {marked(s.words, found[i], types, False)}",
+        ]
+        lines.append(f"   expected: {marked(s.words, s.tags, types, False)}")
+        told = [k for k in np.argsort(-losses[i]) if s.tags[k] != found[i][k]]
+        words = (
+            f"{shown(s.words[k])} {s.tags[k]} ({math.exp(-losses[i][k]):.2g}), found {found[i][k]}" for k in told[:8]
+        )
+        lines.append("   expected with probability: " + "; ".join(words))
+    return "\n".join(lines) + "\n"
 
 
 # Pictures

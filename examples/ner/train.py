@@ -18,8 +18,9 @@ from palm_kernels.train import load_model as load_pair
 
 from . import report, synthetic
 from .augment import mentions, swap_mentions, weak_masking
-from .batches import Encoder, shuffled, tag
+from .batches import Encoder, best_tags, shuffled, tag, word_scores
 from .data import Corpus, DataError, load
+from .download import DATASETS, dataset
 
 
 def positive(text: str) -> int:
@@ -34,14 +35,15 @@ def share(text: str) -> float:
     return float(text)
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options of a run."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.ner.train",
-        description="Fine-tune a PaLM on named entities and report entity-level precision, recall and F1.",
-        formatter_class=Help,
+        prog=f"python -m examples.ner.{prog}", description=description, formatter_class=Help
     )
-    add = parser.add_argument_group("data and files").add_argument
-    add("--data", metavar="DIR", help="folder of CoNLL-style files, or one file; absent: a synthetic corpus")
+    group = parser.add_argument_group("data and files")
+    data, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
+    data("--data", metavar="DIR", help="folder of CoNLL-style files, or one file; absent: a synthetic corpus")
+    data("--dataset", choices=tuple(DATASETS), help="a corpus to download, once")
     add("--model", metavar="DIR", help="start from this saved model and its tokenizer; absent: from random weights")
     add("--out", metavar="DIR", default="runs/ner", help="where the model, metrics and pictures go")
     add = parser.add_argument_group("model (those marked * come from --model where it is given)").add_argument
@@ -60,6 +62,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="sub-words in a row, longer sentences are cut; absent: 256, or --model's limit",
     )
     add("--dropout", type=share, default=0.2, help="of embeddings and of the classifier's input (probability)")
+    add(
+        "--tune",
+        choices=("all", "lora", "head"),
+        default="all",
+        help="every weight; adapters on the blocks' projections beside a frozen --model, and the classifier; the classifier alone",
+    )
+    add("--rank", type=positive, default=8, help="of lora's adapters")
     add = parser.add_argument_group("augmentation").add_argument
     add("--swap", type=share, default=0.5, help="entities replaced by another of their type (share)")
     add("--mask", type=share, default=0.15, help="words masked (share)")
@@ -70,11 +79,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--resume", action="store_true", help="go on from --out's last state")
     group.add_argument("--threads", type=positive, help="CPU threads; absent: as many as torch chooses")
     Settings.add_to(group, epochs=20, lr=1e-3)
-    return parser.parse_args(argv)
+    return parser
+
+
+def corpus_of(args: argparse.Namespace) -> Corpus:
+    if args.dataset:
+        return load(dataset(args.dataset))
+    return load(args.data) if args.data else synthetic.make()
 
 
 def build(args: argparse.Namespace, corpus: Corpus) -> tuple[PaLMForTokenClassification, PaLMTokenizer]:
     """A new model and tokenizer, or those of --model (or of the run to go on with) with a classifier for this corpus's labels."""
+    if args.tune != "all" and not (args.model or args.resume):
+        raise DataError(f"--tune {args.tune} leaves the trunk as it is: name a trained one with --model")
     labels = {
         "num_labels": len(corpus.labels),
         "id2label": dict(enumerate(corpus.labels)),
@@ -88,8 +105,10 @@ def build(args: argparse.Namespace, corpus: Corpus) -> tuple[PaLMForTokenClassif
     }
     if args.window:
         both["sliding_window"] = args.window
-    if args.resume or args.model:
-        return load_model(Path(args.out) / "last" if args.resume else args.model, **both)
+    if args.resume:
+        return load_model(Path(args.out) / "last", weights=False, **both)
+    if args.model:
+        return load_model(args.model, **both)
     tokenizer = PaLMTokenizer.train([s.words for s in corpus.train], args.vocab)
     config = PaLMConfig(
         vocab_size=len(tokenizer),
@@ -105,9 +124,24 @@ def build(args: argparse.Namespace, corpus: Corpus) -> tuple[PaLMForTokenClassif
     return PaLMForTokenClassification(config), tokenizer
 
 
-def load_model(folder: str | Path, **config) -> tuple[PaLMForTokenClassification, PaLMTokenizer]:
-    """A saved model and its tokenizer, config fields replaced; a classifier of another size starts anew."""
-    return load_pair(PaLMForTokenClassification, PaLMTokenizer, folder, **config)
+def load_model(folder: str | Path, **keywords) -> tuple[PaLMForTokenClassification, PaLMTokenizer]:
+    """A saved model and its tokenizer: palm_kernels.train.load_model."""
+    return load_pair(PaLMForTokenClassification, PaLMTokenizer, folder, **keywords)
+
+
+def tuned(args: argparse.Namespace, model: PaLMForTokenClassification):
+    """The model with what --tune leaves alone frozen; "lora" wraps it by PEFT (Hu 2021)."""
+    if args.tune == "all":
+        return model
+    if args.tune == "head":
+        model.model.requires_grad_(False)
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["in_proj", "out_proj"]
+    return get_peft_model(
+        model, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets, modules_to_save=["score"])
+    )
 
 
 def row_limit(args: argparse.Namespace, model: PaLMForTokenClassification) -> int:
@@ -147,45 +181,58 @@ class NamedEntities:
         return {self.metric: report.micro_f1(self.gold, tag(model, self.encoder, self.corpus.dev))}
 
 
-def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, float]]) -> None:
-    """Load the best model as a user would, and report on test."""
-    out = Path(args.out)
-    model, tokenizer = load_model(out / "model")
+def learn(args: argparse.Namespace, settings: Settings, corpus: Corpus, out: Path, say=print) -> list[dict[str, float]]:
+    """Train as the options say; out/model is the best."""
+    torch.manual_seed(settings.seed)
+    model, tokenizer = build(args, corpus)
+    objective = NamedEntities(args, corpus, model, tokenizer)
+    model = tuned(args, model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    say(
+        f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {trained:.2f} M trained, {len(tokenizer)} sub-words, "
+        f"{args.attention} attention, palm_kernels {pk.__version__}, {torch.get_num_threads()} threads\n"
+    )
+    return fit(model, objective, settings, out, tokenizer=tokenizer, best="model", resume=args.resume, say=say)
+
+
+def on_test(args: argparse.Namespace, corpus: Corpus, folder: Path):
+    """(scores of the table, tags, log-probabilities) of test by a saved model, loaded as a user would."""
+    model, tokenizer = load_model(folder)
     encoder = Encoder(tokenizer, corpus.labels, row_limit(args, model))
-    found, gold = tag(model, encoder, corpus.test), [s.tags for s in corpus.test]
-    result = report.scores(gold, found)
+    logs = word_scores(model, encoder, corpus.test)
+    found = best_tags(logs, corpus.labels)
+    return report.scores([s.tags for s in corpus.test], found), found, logs
+
+
+def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, float]]) -> None:
+    """The report on test."""
+    out, gold = Path(args.out), [s.tags for s in corpus.test]
+    result, found, logs = on_test(args, corpus, out / "model")
     best = max(history, key=lambda row: row["dev_f1"])
     print(f"\ntest, model of epoch {best['epoch']} (best dev F1 {best['dev_f1']:.3f})\n\n{report.table(result)}\n")
     print(report.examples(corpus.test, found, corpus.types))
     counts = report.confusion(gold, found, corpus.types)
     metrics = {"test": result, "history": history, "types": corpus.types, "confusion": counts, "arguments": vars(args)}
     written = report.replaced(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
-    files = [out / "model", written, *report.picture(out, counts, corpus.types), out / "learning_curve.png"]
-    print("\nwritten: " + ", ".join(map(str, files)))
+    errors = report.worst(corpus.test, found, logs, corpus.labels)
+    told = report.replaced(out / "errors.txt", lambda path: path.write_text(errors))
+    files = [out / "model", written, told, *report.picture(out, counts, corpus.types), out / "learning_curve.png"]
+    print(f"\n{errors.partition(chr(10))[0]}\n\nwritten: " + ", ".join(map(str, files)))
     print(f'tag a text: python -m examples.ner.predict {out / "model"} "Ada Lovelace met Charles Babbage in London."')
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+    told = "Fine-tune a PaLM on named entities and report entity-level precision, recall and F1."
+    args = parser("train", told).parse_args(argv)
     settings = Settings.of(args)
-    torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        corpus = load(args.data) if args.data else synthetic.make()
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        model, tokenizer = build(args, corpus)
-        print(f"data: {args.data or 'synthetic'}; {'; '.join(corpus.notes)}")
-        print(
-            f"  {len(corpus.train)} train, {len(corpus.dev)} dev, {len(corpus.test)} test sentences; {', '.join(corpus.types)}"
-        )
-        print(
-            f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} sub-words, "
-            f"{args.attention} attention, palm_kernels {pk.__version__}, {torch.get_num_threads()} threads\n"
-        )
-        objective = NamedEntities(args, corpus, model, tokenizer)
-        keywords = {"tokenizer": tokenizer, "best": "model", "resume": args.resume}
-        finish(args, corpus, fit(model, objective, settings, args.out, **keywords))
+        corpus = corpus_of(args)
+        print(f"data: {args.data or args.dataset or 'synthetic'}; {'; '.join(corpus.notes)}")
+        sizes = f"{len(corpus.train)} train, {len(corpus.dev)} dev, {len(corpus.test)} test sentences"
+        print(f"  {sizes}; {', '.join(corpus.types)}")
+        finish(args, corpus, learn(args, settings, corpus, Path(args.out)))
     except (DataError, CheckpointError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

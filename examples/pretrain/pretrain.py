@@ -69,7 +69,7 @@ def build(args: argparse.Namespace, documents: list[str]):
     """(model, tokenizer): new ones, or those of the run to go on with."""
     kind = PaLMForCausalLM if args.objective == "causal" else PaLMForMaskedLM
     if args.resume:
-        return load_model(kind, PaLMTokenizer, Path(args.out) / "last")
+        return load_model(kind, PaLMTokenizer, Path(args.out) / "last", weights=False)
     tokenizer = PaLMTokenizer.train(documents, args.vocab)
     config = PaLMConfig(
         vocab_size=len(tokenizer),

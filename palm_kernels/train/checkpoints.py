@@ -1,6 +1,7 @@
 """Folders that are whole at every moment, and the state from which a run goes on bit for bit."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -10,9 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_weights
+from safetensors.torch import save_model as save_weights
 from transformers.utils import logging
 
-STATE, OPTIMIZER = "state.json", "optimizer.pt"
+STATE, OPTIMIZER, WEIGHTS = "state.json", "optimizer.pt", "model.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -60,17 +62,21 @@ def _no_bars():
 
 @_no_bars()
 def save_model(folder: Path, model, tokenizer=None) -> None:
-    """model and tokenizer as `from_pretrained` reads them (safetensors)."""
-    model.save_pretrained(folder)
+    """model and tokenizer as `from_pretrained` reads them (safetensors); PEFT's adapters merged into a copy of what they wrap."""
+    plain = copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    plain.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 def save_run(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """All that a run needs to go on, as one folder."""
+    """All that a run needs to go on, as one folder: every weight under its own name, adapters apart."""
 
     def write(path: Path) -> None:
-        save_model(path, model, tokenizer)
+        save_weights(model, str(path / WEIGHTS), {"format": "pt"})
+        model.config.save_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
         torch.save(optimizer.state_dict(), path / OPTIMIZER)
         (path / STATE).write_text(json.dumps(state, indent=1))
 
@@ -80,11 +86,11 @@ def save_run(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, s
 def load_run(folder: Path, model, optimizer: torch.optim.Optimizer) -> dict:
     """The state that save_run got, with model and optimizer as they were."""
     folder = Path(folder)
-    for name in (STATE, OPTIMIZER, "model.safetensors"):
+    for name in (STATE, OPTIMIZER, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: no {name} in it: nothing to go on from")
     try:
-        load_weights(model, folder / "model.safetensors")
+        load_weights(model, folder / WEIGHTS)
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
         return json.loads((folder / STATE).read_text())
     except Exception as error:
@@ -92,13 +98,19 @@ def load_run(folder: Path, model, optimizer: torch.optim.Optimizer) -> dict:
 
 
 @_no_bars()
-def load_model(kind, tokenizer_kind, folder: str | Path, **config):
-    """(model, tokenizer) saved in a folder, config fields replaced; a head of another size starts anew. CheckpointError if not a pair."""
+def load_model(kind, tokenizer_kind, folder: str | Path, *, weights: bool = True, **config):
+    """(model, tokenizer) saved in a folder, config fields replaced; a head of another size starts anew. CheckpointError if not a pair.
+
+    weights=False: a new model of that shape, for `fit(resume=True)` to fill.
+    """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no saved model (no config.json in it)")
     try:
-        model = kind.from_pretrained(folder, ignore_mismatched_sizes=True, **config)
+        if weights:
+            model = kind.from_pretrained(folder, ignore_mismatched_sizes=True, **config)
+        else:
+            model = kind(kind.config_class.from_pretrained(folder, **config))
         tokenizer = tokenizer_kind.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
