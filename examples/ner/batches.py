@@ -2,12 +2,14 @@
 
 import random
 import re
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .data import DataError, Sentence
 
@@ -48,22 +50,23 @@ class Encoder:
         self.class_of = {label: i for i, label in enumerate(labels)}
         self.known: dict[str, list[int]] = {}
 
-    def subwords(self, text: str) -> list[int]:
-        """The ids of a word; one that leaves nothing, such as the empty word, becomes the mask token, so that it can be tagged."""
-        if text not in self.known:
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-            self.known[text] = ids or [self.tokenizer.mask_token_id]
-        return self.known[text]
+    def subwords(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each word; one that leaves nothing, such as the empty word, becomes the mask token, so that it can be tagged."""
+        new = list({text for text in texts if text not in self.known})
+        if new:  # together: one by one costs six times as much
+            ids = self.tokenizer(new, add_special_tokens=False)["input_ids"]
+            self.known.update((text, i or [self.tokenizer.mask_token_id]) for text, i in zip(new, ids, strict=True))
+        return [self.known[text] for text in texts]
 
     def pieces(self, words: list[str], natural: bool = False) -> list[list[int]]:
         """The ids of each word, a space before every one; natural: spaces only where running text has them."""
         if not natural:
-            return [self.subwords(f" {word}") for word in words]
+            return self.subwords([f" {word}" for word in words])
         glued = [
             True,
             *(bool(CLOSES.fullmatch(b) or OPENS.fullmatch(a)) for a, b in pairwise(words)),
         ]
-        return [self.subwords(word if glue else f" {word}") for word, glue in zip(words, glued, strict=True)]
+        return self.subwords([word if glue else f" {word}" for word, glue in zip(words, glued, strict=True)])
 
     def rows(self, sentence: Sentence, index: int = 0, natural: bool = False) -> list[Row]:
         """The sentence as one row, or as several where it is too long, cut between words and if possible not inside an entity."""
@@ -161,7 +164,8 @@ def word_scores(model, encoder: Encoder, sentences: list[Sentence], size: int = 
     bare = [Sentence(s.words, ["O"] * len(s.words), s.where) for s in sentences]  # cut without a look at the answer
     rows = [row for i, s in enumerate(bare) for row in encoder.windows(s, i)]
     rows.sort(key=lambda row: len(row.ids))
-    for start in range(0, len(rows), size):
+    starts = range(0, len(rows), size)
+    for start in tqdm(starts, "tagging", unit="batch", delay=3, leave=False, disable=not sys.stderr.isatty()):
         batch = collate(rows[start : start + size], encoder.tokenizer.pad_token_id)
         device = model.device
         logits = model(batch.ids.to(device), attention_mask=batch.mask.to(device)).logits.float().log_softmax(-1).cpu()
