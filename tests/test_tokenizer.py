@@ -292,7 +292,7 @@ def test_errors():
     with pytest.raises(TypeError, match="texts is one str,"):
         PaLMTokenizer.train("text")
     with pytest.raises(TypeError, match="texts is one PosixPath,"):
-        PaLMTokenizer.train(pathlib.Path("text"))
+        PaLMTokenizer.train(pathlib.Path("text"))  # pyright: ignore[reportArgumentType]
     for texts, kind in (([b"abc"], "bytes"), ([3], "int"), ([["a", 3]], "int")):
         with pytest.raises(TypeError, match=rf"texts\[0\] holds {kind}, need a string"):
             PaLMTokenizer.train(texts)
