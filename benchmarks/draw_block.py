@@ -133,8 +133,9 @@ def main(path: Path = PICTURE) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {"svg.hashsalt": "parallel_block", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "parallel_block", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
+    ):
         figure = Figure(figsize=(11, 5.55), facecolor="white")
         draw(figure)
         # the one entry that changes from run to run; a PNG has none
