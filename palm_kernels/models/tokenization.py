@@ -8,7 +8,9 @@ piece, and added special tokens are not looked for in texts (split_special_token
 import collections
 import itertools
 import json
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +19,9 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<mask>")  # ids 0 to 3, as in PaLMConfig
 BYTES = tuple(f"<0x{b:02X}>" for b in range(256))  # ids 4 to 259
 # a word or a run of punctuation with the space before it; each digit alone; whitespace, all but the last before a word
 PIECES = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")  # a piece begins here whatever stands around it
+LONG_TEXT = 1 << 16  # characters: the trainer holds 90 bytes for each of a text's
+LONG_PIECE = 256  # characters: the trainer's time grows with the square of a piece's
 
 
 def _backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -27,16 +32,87 @@ def _backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     return tokenizer
 
 
-def _learn(texts: Iterable, size: int, min_frequency: int) -> tuple[list[str], list[tuple[str, str]]]:
+def _check_unicode(text, where: str) -> None:
+    """Raises what str.encode raises at a lone surrogate, with the place among the texts; text is a string or nested lists of them."""
+    if isinstance(text, (list, tuple)):
+        for i, item in enumerate(text):
+            _check_unicode(item, f"{where}[{i}]")
+    elif isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            error.reason += f", in {where}"
+            raise
+
+
+def _lines(path: os.PathLike) -> Iterator[str]:
+    """A UTF-8 file's lines as they are; UnicodeDecodeError names the file and the line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                error.reason += f", in line {number} of {os.fspath(path)}"
+                raise
+
+
+def _checked(text, where: str) -> str | os.PathLike:
+    """A text, or words joined as running text; a file stays a path."""
+    if isinstance(text, os.PathLike):
+        return text
+    words = [text] if isinstance(text, (str, bytes)) or not isinstance(text, Iterable) else list(text)
+    for word in words:
+        if not isinstance(word, str):
+            kind = type(word).__name__
+            raise TypeError(f"PaLMTokenizer.train: {where} holds {kind}, need a string, strings or a pathlib.Path")
+    _check_unicode(text if isinstance(text, str) else words, where)
+    return text if isinstance(text, str) else "".join(f" {w}" for w in words)
+
+
+def _corpus(texts: Iterable) -> list[str | os.PathLike]:
+    if isinstance(texts, (str, bytes, os.PathLike)):
+        kind = type(texts).__name__
+        raise TypeError(
+            f"PaLMTokenizer.train: texts is one {kind}, need an iterable of strings, lists of words or paths"
+        )
+    found = [_checked(text, f"texts[{i}]") for i, text in enumerate(texts)]
+    if found and all(isinstance(t, str) and os.path.isfile(t) for t in found):
+        name = f"{found[0]!r}"
+        raise ValueError(
+            f"PaLMTokenizer.train: {name} is a file's name, need pathlib.Path({name}) to learn from the file"
+        )
+    return found
+
+
+def _short(text: str) -> Iterator[str]:
+    """text in parts of about LONG_TEXT characters, cut between words where there are any."""
+    start = 0
+    while len(text) - start > LONG_TEXT:
+        between = BETWEEN_WORDS.search(text, start + LONG_TEXT // 2, start + LONG_TEXT)
+        end = between.start() if between else start + LONG_TEXT
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _stream(texts: list[str | os.PathLike]) -> Iterator[str]:
+    """All texts in parts that are not long, files line by line."""
+    for text in texts:
+        for whole in [text] if isinstance(text, str) else _lines(text):
+            yield from _short(whole)
+
+
+def _learn(texts: list, size: int, min_frequency: int) -> tuple[list[str], list[tuple[str, str]]]:
     """At most `size` pieces of the texts, in the order in which BPE finds them, and the merges that make them."""
     if size == 0:
         return [], []
-    texts = [t if isinstance(t, str) else "".join(f" {w}" for w in t) for t in texts]
-    counts = collections.Counter(itertools.chain.from_iterable(texts))
+    counts = collections.Counter(itertools.chain.from_iterable(_stream(texts)))
     # named here because the trainer drops rare characters of equal count in no fixed order
     alphabet = sorted(counts, key=lambda c: (-counts[c], c))[: max(1, size // 2)]
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PIECES), behavior="isolated"), pre_tokenizers.FixedLength(length=LONG_PIECE)]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=min_frequency,
@@ -44,7 +120,7 @@ def _learn(texts: Iterable, size: int, min_frequency: int) -> tuple[list[str], l
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator(_stream(texts), trainer)
     model = json.loads(learner.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].get)
     return pieces, [tuple(m) for m in model["merges"]]
@@ -78,29 +154,29 @@ class PaLMTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def train(cls, texts: Iterable, vocab_size: int = 4096, *, min_frequency: int = 2, **kwargs) -> "PaLMTokenizer":
-        """A tokenizer of at most vocab_size tokens, learnt from texts: strings, or lists of words.
+        """A tokenizer of at most vocab_size tokens, learnt from texts: strings, lists of words, or UTF-8 files as pathlib.Path.
 
-        260 of them are the special tokens and the bytes; a piece occurs at least min_frequency times. Deterministic.
-        kwargs go to the constructor (model_max_length, padding_side, ...).
+        260 of them are the special tokens and the bytes; a piece occurs at least min_frequency times. Deterministic. Files are read
+        twice, line by line, and never held whole. kwargs go to the constructor (model_max_length, padding_side, ...).
+        Raises ValueError (vocab_size; strings that are all names of files), TypeError (what is no text), UnicodeEncodeError (a lone
+        surrogate, with its text), UnicodeDecodeError (a file that is not UTF-8, with its line), OSError (a file that cannot be read).
         """
         room = vocab_size - len(SPECIALS) - len(BYTES)
         if room < 0:
             raise ValueError(f"PaLMTokenizer.train: vocab_size is {vocab_size}, need at least {vocab_size - room}")
-        if isinstance(texts, str):
-            raise TypeError(
-                "PaLMTokenizer.train: texts is one string, need an iterable of strings or of lists of words"
-            )
-        pieces, merges = _learn(texts, room, min_frequency)
+        pieces, merges = _learn(_corpus(texts), room, min_frequency)
         vocab = {token: i for i, token in enumerate((*SPECIALS, *BYTES, *pieces))}
         return cls(tokenizer_object=_backend(vocab, merges), **kwargs)
 
-    def _encode_plus(self, text, *args, is_split_into_words: bool = False, **kwargs):
-        if not is_split_into_words:
-            return super()._encode_plus(text, *args, **kwargs)
-        self.backend_tokenizer.normalizer = normalizers.Prepend(
-            " "
-        )  # the only way that keeps offsets within the given word
+    def _encode_plus(self, text, text_pair=None, *args, is_split_into_words: bool = False, **kwargs):
+        if is_split_into_words:  # the only way that keeps offsets within the given word
+            self.backend_tokenizer.normalizer = normalizers.Prepend(" ")
         try:
-            return super()._encode_plus(text, *args, is_split_into_words=True, **kwargs)
+            return super()._encode_plus(text, text_pair, *args, is_split_into_words=is_split_into_words, **kwargs)
+        except TypeError:  # all that the library says of a lone surrogate
+            _check_unicode(text, "text")
+            _check_unicode(text_pair, "text_pair")
+            raise
         finally:
-            self.backend_tokenizer.normalizer = None
+            if is_split_into_words:
+                self.backend_tokenizer.normalizer = None
