@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples.ner import augment, batches, data, report, synthetic, train  # noqa: E402
+from examples.ner import augment, batches, data, predict, report, synthetic, train  # noqa: E402
 from palm_kernels.models import PaLMTokenizer  # noqa: E402
 
 REAL = Path(os.environ.get("NER_DATA", ROOT.parent / "shared" / "data"))
@@ -384,6 +384,14 @@ def test_sentences_in_colour_and_plain(monkeypatch):
     assert report.in_colour(Terminal()) and not report.in_colour(io.StringIO())
     monkeypatch.setenv("NO_COLOR", "1")
     assert not report.in_colour(Terminal())
+
+
+def test_chinese_by_the_character():
+    words = predict.words_of("高勇：男，1971年生 in Rome")
+    assert words == ["高", "勇", "：", "男", "，", "1971", "年", "生", "in", "Rome"]
+    tags = ["B-NAME", "I-NAME", *["O"] * 7, "B-LOC"]
+    assert report.marked(words, tags, ["LOC", "NAME"], False) == "[高勇 NAME] ： 男 ， 1971 年生 in [Rome LOC]"
+    assert predict.found_in("高勇：男", tags[:4])[0] == {"type": "NAME", "start": 0, "end": 2, "text": "高勇"}
 
 
 def test_errors_by_kind_and_the_worst_sentences():

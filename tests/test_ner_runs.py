@@ -95,6 +95,19 @@ def test_run_predict_and_continue(small, tmp_path, capsys):
     assert "the model holds 256 tokens" in capsys.readouterr().err
 
 
+def test_other_labels_get_a_new_classifier(small, tmp_path):
+    """As many labels of other names: the saved classifier's rows mean something else."""
+    assert run(small, tmp_path / "a") == 0
+    saved = PaLMForTokenClassification.from_pretrained(tmp_path / "a/model")
+    args = train.parser("train", "").parse_args(["--model", str(tmp_path / "a/model")])
+    corpus = train.load(small)
+    assert torch.equal(train.build(args, corpus)[0].score.weight, saved.score.weight)
+    corpus.types = [kind.lower() for kind in corpus.types]
+    model, _ = train.build(args, corpus)
+    assert not torch.equal(model.score.weight, saved.score.weight) and model.config.id2label[1] == "B-loc"
+    assert torch.equal(model.model.norm.weight, saved.model.norm.weight)
+
+
 def test_resumed_run_is_the_whole_run(small, tmp_path, capsys):
     args = ("--schedule", "constant", "--warmup", "0")
     assert run(small, tmp_path / "a", *args, "--epochs", "2") == run(small, tmp_path / "b", *args, "--epochs", "1") == 0

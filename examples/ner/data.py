@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TAG = re.compile(r"O|[BIOESLUMW]-\S+")
+HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd"  # Chinese corpora have a character a line
 CANONICAL = {"L": "E", "U": "S", "W": "S", "M": "I"}  # other names of the BIOES letters
 ROLES = {  # eng.testa is CoNLL-2003's dev set and eng.testb its test set, so dev is looked for before test
     "train": re.compile(r"train"),

@@ -17,19 +17,19 @@ from palm_kernels.train import CheckpointError, Help
 
 from . import report
 from .batches import Encoder, tag
-from .data import DataError, Sentence
+from .data import HAN, DataError, Sentence
 from .train import load_model
 
 MARKS = r"!-/:-@\[-`{-~\xa1\xab\xbb\xbf\u2010-\u2027\u2030-\u205e\u3001-\u3003\u3008-\u3011\uff01-\uff0f\uff1a-\uff20"
-LETTERS = rf"[^\s{MARKS}]"  # all else, combining marks and emoji too
-WORD = re.compile(rf"(?:[A-Za-z]\.){{2,}}|'(?:s|re|ve|ll|d|m)\b|{LETTERS}+(?:[-.,:/]{LETTERS}+)*|[{MARKS}]")
+LETTERS = rf"[^\s{MARKS}{HAN}]"  # all else, combining marks and emoji too
+WORD = re.compile(rf"(?:[A-Za-z]\.){{2,}}|'(?:s|re|ve|ll|d|m)\b|{LETTERS}+(?:[-.,:/]{LETTERS}+)*|[{MARKS}{HAN}]")
 
 
 LINES = 64  # lines that are tagged together
 
 
 def words_of(text: str) -> list[str]:
-    """The text cut as newspaper corpora are: words, numbers, clitics and each punctuation mark alone."""
+    """The text cut as corpora are: words, numbers, clitics, each punctuation mark and each Chinese character alone."""
     return WORD.findall(text)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import entities
+from .data import HAN, entities
 
 COLOURS = (36, 33, 35, 32, 34, 31, 96, 93, 95, 92, 94, 91)  # ANSI foregrounds, one a type, in the order of the types
 
@@ -59,16 +60,21 @@ def shown(word: str) -> str:
     return text if text.strip() else repr(word)
 
 
+def running(words: Iterable[str]) -> str:
+    """Words as a text: blanks between them, but not between Chinese characters."""
+    return re.sub(rf"(?<=[{HAN}]) (?=[{HAN}])", "", " ".join(words))
+
+
 def marked(words: list[str], tags: list[str], types: list[str], colour: bool) -> str:
     """The sentence with its entities as `[Ada Lovelace PER]`, or in the type's colour."""
     parts, position = [], 0
     for kind, first, end in entities(tags):
         parts += map(shown, words[position:first])
-        name = " ".join(map(shown, words[first:end]))
+        name = running(map(shown, words[first:end]))
         code = COLOURS[types.index(kind) % len(COLOURS)]
         parts.append(f"\x1b[1;{code}m{name}\x1b[0;{code}m {kind}\x1b[0m" if colour else f"[{name} {kind}]")
         position = end
-    return " ".join([*parts, *map(shown, words[position:])])
+    return running([*parts, *map(shown, words[position:])])
 
 
 def examples(sentences, found: list[list[str]], types: list[str], count: int = 5, colour: bool | None = None) -> str:

@@ -108,7 +108,12 @@ def build(args: argparse.Namespace, corpus: Corpus) -> tuple[PaLMForTokenClassif
     if args.resume:
         return load_model(Path(args.out) / "last", weights=False, **both)
     if args.model:
-        return load_model(args.model, **both)
+        model, tokenizer = load_model(args.model, **both)
+        if (
+            list(PaLMConfig.from_pretrained(args.model).id2label.values()) != corpus.labels
+        ):  # of the same number, perhaps
+            model._init_weights(model.score)
+        return model, tokenizer
     tokenizer = PaLMTokenizer.train([s.words for s in corpus.train], args.vocab)
     config = PaLMConfig(
         vocab_size=len(tokenizer),
