@@ -29,8 +29,19 @@ def add_files(group, out: str) -> None:
     group.add_argument("--threads", type=positive, help="CPU threads; absent: as many as torch chooses")
 
 
-def add_model(group, *, hidden: int = 192, layers: int = 4, length: int = 128, batch: int = 16) -> None:
-    group.add_argument("--vocab", type=positive, default=2000, help="sub-words; 260 are bytes and special tokens")
+def add_model(
+    group,
+    *,
+    vocab: int | None = 2000,
+    hidden: int = 192,
+    layers: int = 4,
+    length: int = 128,
+    batch: int = 16,
+    absent="",
+) -> None:
+    """absent: what holds where vocab is None and the option is not given."""
+    text = "sub-words; 260 are bytes and special tokens"
+    group.add_argument("--vocab", type=positive, default=vocab, help=f"{text}; absent: {absent}" if absent else text)
     group.add_argument("--hidden", type=positive, default=hidden, help="model dim")
     group.add_argument("--layers", type=positive, default=layers, help="parallel blocks")
     group.add_argument("--heads", type=positive, default=4, help="query heads of 48, over one key/value head")
