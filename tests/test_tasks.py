@@ -65,19 +65,21 @@ HEADS = [
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_accumulated_uneven_rows_are_one_batch(kind, tmp_path):
-    def flat(model):  # a span's bias has no gradient: Adam would enlarge the rounding of zero
-        return torch.cat([p.flatten() for name, p in model.named_parameters() if name != "qa_outputs.bias"])
+def test_accumulated_uneven_rows_are_one_batch(kind, tmp_path, monkeypatch):
+    """The gradients themselves: Adam's first step would hide a factor, and enlarge the rounding of a gradient that is zero."""
+    rows, gradients, losses = rows_for(kind), [], []
 
-    rows, weights, losses, start = rows_for(kind), [], [], flat(model_of(kind))
+    def keep(parameters, limit):
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
     for batch, accumulate in ((8, 1), (2, 4)):
-        model = model_of(kind)
         objective = Labelled(rows, batch, 0, shift=getattr(kind, "shift", 0))
-        history = fit(model, objective, Settings(epochs=1, accumulate=accumulate), tmp_path / str(batch), say=len)
-        weights.append(flat(model) - start)
+        settings = Settings(epochs=1, accumulate=accumulate)
+        history = fit(model_of(kind), objective, settings, tmp_path / str(batch), say=len)
         losses.append(history[0]["loss"])
-    assert weights[0].abs().max() > 1e-6
-    torch.testing.assert_close(weights[1], weights[0], rtol=1e-2, atol=1e-7)
+    assert len(gradients) == 2 and gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -360,7 +362,9 @@ def test_classify_learns_resumes_and_is_a_pipeline(run):
     out, said = run(classify, corpora.review, "--epochs", "4", "--schedule", "constant", "--resume")
     assert "epoch   4" in said and "epoch   1" not in said and "always '" in said
     kept = json.loads((out / "scores.json").read_text())
-    assert kept["test"]["accuracy"] > kept["always 'negative'"]["accuracy"], said  # facts are told from verdicts at once
+    assert kept["test"]["accuracy"] > kept["always 'negative'"]["accuracy"], (
+        said
+    )  # facts are told from verdicts at once
     found = pipeline("text-classification", model=str(out / "best"))(["The room was good."])
     assert found[0]["label"] in ("positive", "negative", "neutral")
     out, said = run(classify, corpora.review, "--model", str(out / "best"), "--out", str(out / "again"))

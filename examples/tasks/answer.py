@@ -131,7 +131,7 @@ def work(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments("answer", __doc__ or "", epochs=8, layers=3)
+    parser = arguments("answer", __doc__ or "", epochs=3, hidden=128, layers=3, lr=2e-3)
     parser.add_argument("--max-answer", type=positive, default=30, help="sub-words of the longest answer")
     return run(parser.parse_args(argv), work)
 

@@ -28,13 +28,13 @@ def arguments(name: str, text: str, **defaults) -> argparse.ArgumentParser:
     group.add_argument("--data", metavar="FILE", help="JSON lines (README), cut 80 / 10 / 10; absent: a toy corpus")
     group.add_argument("--model", metavar="DIR", help="start from this saved model and its tokenizer; absent: anew")
     add_files(group, f"runs/{name}")
-    own = {key: defaults.pop(key) for key in ("hidden", "layers", "length", "batch") if key in defaults}
+    own = {key: defaults.pop(key) for key in ("hidden", "layers", "batch") if key in defaults}
     group = parser.add_argument_group(
         "model (with --model, its own shape counts and --length is at most what it holds)"
     )
     add_model(group, vocab=None, absent=f"{TOY_VOCAB} for a toy corpus, {VOCAB} for --data", **own)
     group.add_argument(
-        "--dropout", type=share, default=0.2, help="of embeddings and of a classifier's input (probability)"
+        "--dropout", type=share, default=0.1, help="of embeddings and of a classifier's input (probability)"
     )
     Settings.add_to(parser.add_argument_group("optimisation"), **{"lr": 1e-3, "final_lr": 1e-5, **defaults})
     return parser

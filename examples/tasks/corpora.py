@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ..ner.synthetic import name_lists
 
 Parts = dict[str, list[dict]]
-SIZES = {"train": 5000, "dev": 150, "test": 300}
+SIZES = {"train": 3000, "dev": 100, "test": 300}
 MONTHS = ["January", "March", "April", "June", "August", "October", "December"]
 LONGEST = 8  # letters of a name: rows stay short
 NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight"]
@@ -134,7 +134,7 @@ def relation(source: Source) -> dict:
     return {"text": text, "head": spans[head], "tail": spans[tail], "label": known.get((head, tail), NONE)}
 
 
-# Questions: who did what, among others who did the same
+# Questions: who did what, among others who did something else
 
 PEOPLE = [
     "Ada",
@@ -161,12 +161,12 @@ STORIES = [  # a sentence, and what may be asked about it
 
 
 def question(source: Source) -> dict:
-    """{"question", "context", "answers"}: the answer is a name or a number that is said of one of several persons."""
+    """{"question", "context", "answers"}: a name, a month or a number that is said of one of three persons, who did different things."""
     context, asked = "News:", []
     people, towns, firms = source.rng.sample(PEOPLE, 3), source.different("town", 3), source.different("stem", 3)
-    for name, town, firm in zip(people, towns, firms, strict=True):
+    stories = source.rng.sample(STORIES, 3)
+    for name, town, firm, (template, asks) in zip(people, towns, firms, stories, strict=True):
         values = {"name": name, "town": town, "firm": firm, "count": source.pick(NUMBERS), "month": source.pick(MONTHS)}
-        template, asks = source.pick(STORIES)
         text, spans = fill(template, values)
         context += " "
         for ask, key in asks.items():

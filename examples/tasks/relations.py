@@ -58,7 +58,7 @@ def work(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments("relations", __doc__ or "", epochs=8, layers=2)
+    parser = arguments("relations", __doc__ or "", epochs=4, hidden=128, layers=2)
     parser.add_argument("--none", metavar="LABEL", default=corpora.NONE, help="the label that means no relation")
     return run(parser.parse_args(argv), work)
 
