@@ -1,8 +1,8 @@
 """Deterministic toy corpora, in the same form as a user's JSON lines: a seed gives the same examples on every machine.
 
-Names are invented, and dealt out to train, dev and test before anything is written, so those of test are unseen; of reviews and
-translations a quarter of the pairs (negation and adjective, adjective and noun) is kept for test too. So a score on test says what was
-understood, not what was remembered.
+Invented names are dealt out to train, dev and test before anything is written, so those of test are unseen; where names are known, and
+of negations and adjectives, a quarter of the pairs is kept for test. So a score on test says what was understood, not what was
+remembered.
 """
 
 import random
