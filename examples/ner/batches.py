@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from palm_kernels.train import by_length
+
 from .data import DataError, Sentence
 
 CLOSES = re.compile(r"[.,;:!?)\]}%]+|'(s|re|ve|ll|d|m)")  # words written without a space before them
@@ -127,10 +129,7 @@ def collate(rows: list[Row], pad_id: int) -> Batch:
 
 def shuffled(rows: list[Row], size: int, pad_id: int, rng: random.Random) -> list[Batch]:
     """Batches of similar length in random order: little padding, other batches every epoch."""
-    order = sorted(rows, key=lambda row: len(row.ids) + 8 * rng.random())
-    batches = [collate(order[i : i + size], pad_id) for i in range(0, len(order), size)]
-    rng.shuffle(batches)
-    return batches
+    return [collate(batch, pad_id) for batch in by_length(rows, size, rng, lambda row: len(row.ids))]
 
 
 def forbidden(labels: list[str]) -> np.ndarray:

@@ -3,19 +3,19 @@
 Each draw takes k sentences a type from train, as many from dev to choose the epoch by, and is judged on all of test.
 """
 
+import argparse
 import json
 import random
 import statistics
 import sys
 from pathlib import Path
 
-import torch
+from palm_kernels.train import Settings
 
-from palm_kernels.train import CheckpointError, Settings
-
+from ..command import positive, run
 from . import report
 from .data import Corpus, DataError, Sentence
-from .train import corpus_of, learn, on_test, parser, positive
+from .train import corpus_of, learn, on_test, parser
 
 
 def shots(sentences: list[Sentence], types: list[str], k: int, rng: random.Random, name: str) -> list[Sentence]:
@@ -38,7 +38,9 @@ def drawn(corpus: Corpus, k: int, seed: int, draw: int) -> Corpus:
     return Corpus(*parts, corpus.test, corpus.types, corpus.notes)
 
 
-def run(args, settings: Settings) -> None:
+def work(args: argparse.Namespace, settings: Settings) -> None:
+    if args.resume:
+        raise DataError("--resume goes on with one run, this makes several: use examples.ner.train on a draw")
     corpus, out, rows = corpus_of(args), Path(args.out), []
     for draw in range(args.draws):
         few = drawn(corpus, args.shots, settings.seed, draw)
@@ -65,20 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--shots", type=positive, default=5, help="sentences that hold a type, for each type")
     options.add_argument("--draws", type=positive, default=5, help="times that they are drawn")
     options.set_defaults(out="runs/few_shot", epochs=60)
-    args = options.parse_args(argv)
-    settings = Settings.of(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        if args.resume:
-            raise DataError("--resume goes on with one run, this makes several: use examples.ner.train on a draw")
-        run(args, settings)
-    except (DataError, CheckpointError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run(options.parse_args(argv), work)
 
 
 if __name__ == "__main__":

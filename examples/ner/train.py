@@ -13,26 +13,15 @@ import torch
 
 import palm_kernels as pk
 from palm_kernels.models import PaLMConfig, PaLMForTokenClassification, PaLMTokenizer
-from palm_kernels.train import CheckpointError, Help, Settings, fit
+from palm_kernels.train import Help, Settings, fit
 from palm_kernels.train import load_model as load_pair
 
+from ..command import add_files, positive, run, share
 from . import report, synthetic
 from .augment import mentions, swap_mentions, weak_masking
 from .batches import Encoder, best_tags, shuffled, tag, word_scores
 from .data import Corpus, DataError, load
 from .download import DATASETS, dataset
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
-
-
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -45,7 +34,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     data("--data", metavar="DIR", help="folder of CoNLL-style files, or one file; absent: a synthetic corpus")
     data("--dataset", choices=tuple(DATASETS), help="a corpus to download, once")
     add("--model", metavar="DIR", help="start from this saved model and its tokenizer; absent: from random weights")
-    add("--out", metavar="DIR", default="runs/ner", help="where the model, metrics and pictures go")
+    add_files(group, "runs/ner")
     add = parser.add_argument_group("model (those marked * come from --model where it is given)").add_argument
     add("--vocab", type=positive, default=2000, help="* sub-words learnt from train; 260 are bytes and special tokens")
     add("--hidden", type=positive, default=192, help="* model dim")
@@ -76,8 +65,6 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     add("--natural", type=share, default=0.3, help="sentences spaced as running text (share)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch", type=positive, default=16, help="sentences in a batch")
-    group.add_argument("--resume", action="store_true", help="go on from --out's last state")
-    group.add_argument("--threads", type=positive, help="CPU threads; absent: as many as torch chooses")
     Settings.add_to(group, epochs=20, lr=1e-3)
     return parser
 
@@ -226,28 +213,17 @@ def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, flo
     print(f'tag a text: python -m examples.ner.predict {out / "model"} "Ada Lovelace met Charles Babbage in London."')
 
 
+def work(args: argparse.Namespace, settings: Settings) -> None:
+    corpus = corpus_of(args)
+    print(f"data: {args.data or args.dataset or 'synthetic'}; {'; '.join(corpus.notes)}")
+    sizes = f"{len(corpus.train)} train, {len(corpus.dev)} dev, {len(corpus.test)} test sentences"
+    print(f"  {sizes}; {', '.join(corpus.types)}")
+    finish(args, corpus, learn(args, settings, corpus, Path(args.out)))
+
+
 def main(argv: list[str] | None = None) -> int:
     told = "Fine-tune a PaLM on named entities and report entity-level precision, recall and F1."
-    args = parser("train", told).parse_args(argv)
-    settings = Settings.of(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        corpus = corpus_of(args)
-        print(f"data: {args.data or args.dataset or 'synthetic'}; {'; '.join(corpus.notes)}")
-        sizes = f"{len(corpus.train)} train, {len(corpus.dev)} dev, {len(corpus.test)} test sentences"
-        print(f"  {sizes}; {', '.join(corpus.types)}")
-        finish(args, corpus, learn(args, settings, corpus, Path(args.out)))
-    except (DataError, CheckpointError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            f"stopped; the best model so far, if any, is in {Path(args.out) / 'model'}; --resume goes on",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return run(parser("train", told).parse_args(argv), work)
 
 
 if __name__ == "__main__":

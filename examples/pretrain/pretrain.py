@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 import palm_kernels as pk
-from palm_kernels.models import PaLMConfig, PaLMForCausalLM, PaLMForMaskedLM, PaLMTokenizer
-from palm_kernels.train import CheckpointError, Help, Language, MaskedLanguage, Settings, fit, load_model
+from palm_kernels.models import PaLMForCausalLM, PaLMForMaskedLM, PaLMTokenizer
+from palm_kernels.train import Help, Language, MaskedLanguage, Settings, fit, load_model
+
+from ..command import add_files, add_model, new_config, run
 
 
 def texts(paths: list[str]) -> list[str]:
@@ -42,24 +44,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=Help,
     )
-    add = parser.add_argument_group("data and files").add_argument
+    group = parser.add_argument_group("data and files")
+    add = group.add_argument
     add("text", nargs="*", metavar="TEXT", help="UTF-8 text files; none: the prose that Python carries")
-    add("--out", metavar="DIR", default="runs/pretrain", help="where the model, metrics and pictures go")
-    add("--resume", action="store_true", help="go on from --out's last state")
+    add_files(group, "runs/pretrain")
     add(
         "--objective",
         choices=("causal", "hard", "weak"),
         default="causal",
         help="the next token, or masked tokens (README)",
     )
-    add = parser.add_argument_group("model").add_argument
-    add("--vocab", type=int, default=2000, help="sub-words")
-    add("--hidden", type=int, default=192, help="model dim")
-    add("--layers", type=int, default=4, help="parallel blocks")
-    add("--heads", type=int, default=4, help="query heads of 48, over one key/value head")
-    add("--length", type=int, default=128, help="tokens in a row")
-    add("--batch", type=int, default=16, help="rows in a batch")
-    add("--threads", type=int, help="CPU threads; absent: as many as torch chooses")
+    add_model(parser.add_argument_group("model"))
     group = parser.add_argument_group("optimisation")
     Settings.add_to(group, lr=2e-3, final_lr=1e-4, epochs=8)
     return parser.parse_args(argv)
@@ -71,17 +66,8 @@ def build(args: argparse.Namespace, documents: list[str]):
     if args.resume:
         return load_model(kind, PaLMTokenizer, Path(args.out) / "last", weights=False)
     tokenizer = PaLMTokenizer.train(documents, args.vocab)
-    config = PaLMConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        head_dim=48,
-        max_position_embeddings=2 * args.length,
-        attention="causal" if args.objective == "causal" else "bidirectional",
-        embedding_std=0.5,
-    )
-    return kind(config), tokenizer
+    attention = "causal" if args.objective == "causal" else "bidirectional"
+    return kind(new_config(args, tokenizer, attention=attention)), tokenizer
 
 
 @torch.no_grad()
@@ -95,38 +81,29 @@ def show_continuations(model, tokenizer, rows: torch.Tensor, count: int = 3) -> 
         print(f"\n  ... {tokenizer.decode(ids[0, -24:])!r}\n  --> {tokenizer.decode(out)!r}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
-    settings = Settings.of(args)
-    torch.manual_seed(args.seed)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def work(args: argparse.Namespace, settings: Settings) -> None:
     documents = texts(args.text)
-    try:
-        model, tokenizer = build(args, documents)
-        ids = encode(tokenizer, documents)
-        if args.objective == "causal":
-            objective = Language(ids, args.length, args.batch)
-        else:
-            objective = MaskedLanguage(ids, args.length, args.batch, len(tokenizer), args.objective)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(
-            f"{args.objective}: {len(ids):,} tokens in rows of {args.length}, {len(objective.dev)} rows held out; {size:.2f} M parameters, "
-            f"{len(tokenizer)} sub-words, palm_kernels {pk.__version__}, {torch.get_num_threads()} threads"
-        )
-        history = fit(model, objective, settings, args.out, tokenizer=tokenizer, resume=args.resume)
-    except (CheckpointError, FloatingPointError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped; go on with --resume --out {args.out}", file=sys.stderr)
-        return 130
+    model, tokenizer = build(args, documents)
+    ids = encode(tokenizer, documents)
+    if args.objective == "causal":
+        objective = Language(ids, args.length, args.batch)
+    else:
+        objective = MaskedLanguage(ids, args.length, args.batch, len(tokenizer), args.objective)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"{args.objective}: {len(ids):,} tokens in rows of {args.length}, {len(objective.dev)} rows held out; {size:.2f} M parameters, "
+        f"{len(tokenizer)} sub-words, palm_kernels {pk.__version__}, {torch.get_num_threads()} threads"
+    )
+    history = fit(model, objective, settings, args.out, tokenizer=tokenizer, resume=args.resume)
     best = min(history, key=lambda record: record[objective.metric])
     print(f"best: epoch {best['epoch']}, " + ", ".join(f"{k} {best[k]:.4g}" for k in objective.evaluate(model)))
     if args.objective == "causal":
         show_continuations(model, tokenizer, objective.dev)
     print(f"\nwritten: {Path(args.out) / 'best'} (the model), metrics.jsonl, learning_curve.png")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(arguments(argv), work)
 
 
 if __name__ == "__main__":
