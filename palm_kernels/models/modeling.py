@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_called, why_not_plain
@@ -22,6 +23,7 @@ from ..ops.soft_weak_embedding import soft_weak_embedding
 from .configuration import PaLMConfig
 from .generation import SharedPrefix, attend_shared
 
+_LOG = logging.get_logger(__name__)
 # transformers renamed this output from past_key_values to cache
 _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
 # layers of a cache whose update gives back what they store
@@ -203,6 +205,8 @@ class PaLMModel(PaLMPreTrainedModel):
             raise ValueError(
                 "PaLMModel: output_attentions is not available, the kernels never hold the attention matrix"
             )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("PaLMModel: cache and past_key_values are two names of one thing, give one")
         cache = past_key_values if cache is None else cache
         x_BTC = self._embed(input_ids, inputs_embeds, strength, source_ids)
         B, T, _ = x_BTC.shape
@@ -270,7 +274,10 @@ class PaLMModel(PaLMPreTrainedModel):
         if self.config.attention == "bidirectional":
             raise ValueError("PaLMModel: a cache needs attention 'causal' or 'prefix', the config says 'bidirectional'")
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            raise ValueError("PaLMModel: a cache and gradient checkpointing exclude each other: pass use_cache=False")
+            if cache is not None:
+                raise ValueError("PaLMModel: a cache and gradient checkpointing exclude each other: give no cache")
+            _LOG.warning_once("PaLMModel: no cache is made, since gradient checkpointing is on: pass use_cache=False")
+            return None
         return DynamicCache(config=self.config) if cache is None else cache
 
     def _step(self, x_BTC, cache, total, mask, positions) -> Tensor | None:
