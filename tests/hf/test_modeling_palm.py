@@ -85,7 +85,7 @@ class Common(ModelTesterMixin):
 
 class PaLMDecoderTest(Common, GenerationTesterMixin, unittest.TestCase):
     attention = "causal"
-    all_model_classes = (PaLMModel, PaLMForCausalLM)
+    all_model_classes = (PaLMModel, PaLMForCausalLM, PaLMForTokenClassification, PaLMForSequenceClassification)
 
     def setUp(self):
         super().setUp()
