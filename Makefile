@@ -8,12 +8,13 @@ FORMATTED := $(NATIVE) $(wildcard tests/emulator/*.h tests/emulator/*.cu)
 
 PARITY := PaLM-pytorch-0.2.2 palm-rlhf-pytorch-0.2.3 palm-rlhf-pytorch-0.8.0
 
-.PHONY: help setup build test lint format parity triton-check cuda-check gpu-check ner pretrain bench report wheel clean
+.PHONY: help setup build test lint format parity hf-tests triton-check cuda-check gpu-check ner pretrain bench report wheel clean
 help:
 	@echo "make setup    .venv with $(TORCH), all extras, the kernels built in place"
 	@echo "make build    the kernels alone, after a change in csrc (ninja, incremental)"
 	@echo "make test     every test;  ARGS='tests/test_swiglu.py -k stride' for some"
 	@echo "make parity   other PaLMs of PyPI in build/parity, for tests/test_parity.py: $(PARITY)"
+	@echo "make hf-tests TRANSFORMERS=CHECKOUT  transformers' own tests of a model on ours, from a checkout of the installed version"
 	@echo "make lint     ruff, clang-format, pyright;  make format writes"
 	@echo "make gpu-check PART=tests|sanitize|speed  on a GPU, with GPU_PY as it is (.venv's python, else python3); all parts by default"
 	@echo "make triton-check  every Triton kernel compiled for sm_80 and sm_90, a table;  TRITON=3.6.0 in an environment of its own"
@@ -39,6 +40,13 @@ test: setup
 parity: $(PARITY:%=build/parity/%/ready)
 build/parity/%/ready: | .venv/ready
 	stem=$*; $(PY) -m pip install -q --no-deps --target $(@D) "$${stem%-*}==$${stem##*-}" beartype einops
+	touch $@
+hf-tests: setup build/hf-tests/ready
+	@test -f "$(TRANSFORMERS)/tests/test_modeling_common.py" || { echo "TRANSFORMERS='$(TRANSFORMERS)' is no checkout of transformers"; exit 2; }
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive PYTHONPATH=.:$(TRANSFORMERS):build/hf-tests \
+	  $(PY) -m pytest -c tests/hf/pytest.ini -n 2 --dist worksteal tests/hf $(ARGS)
+build/hf-tests/ready: | .venv/ready
+	$(PY) -m pip install -q --target $(@D) parameterized httpx
 	touch $@
 lint: setup
 	.venv/bin/ruff format --check .

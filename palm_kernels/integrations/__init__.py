@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen
+from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen, sequence_bounds
 
 NAME = "palm_kernels"
 
@@ -60,7 +60,7 @@ def _starts(sequences_BT: Tensor) -> Tensor:
     """[[0, 0, 1], [0, 0, 0]] -> [0, 2, 3, 6]."""
     new_BT = torch.ones_like(sequences_BT, dtype=torch.bool)
     new_BT[:, 1:] = sequences_BT[:, 1:] != sequences_BT[:, :-1]
-    return F.pad(new_BT.flatten().nonzero()[:, 0], (0, 1), value=sequences_BT.numel()).to(torch.int32)
+    return sequence_bounds(new_BT)
 
 
 def mask(

@@ -115,7 +115,7 @@ class PaLMConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.logit_scale is None:
             self.logit_scale = 1 / math.sqrt(self.hidden_size)
-        self._check()
+        self.check()
         self._check_spelling(kwargs)
         super().__post_init__(**kwargs)
 
@@ -127,7 +127,11 @@ class PaLMConfig(PreTrainedConfig):
             if near:
                 raise ValueError(f"PaLMConfig: there is no field {key!r}, do you mean {near!r}?")
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """ValueError for a field that is none of its choices or does not fit another one.
+
+        A model asks again: what `from_pretrained(..., attention=...)` replaces is set behind the constructor.
+        """
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"PaLMConfig: {name} is {getattr(self, name)!r}, need one of {', '.join(choices)}")

@@ -75,14 +75,16 @@ class _LanguageModel(PaLMPreTrainedModel):
 
         The loss is the mean over labelled tokens (or the sum / num_items_in_batch) of the negative log-likelihood + z_loss (log Z)^2.
         In training mode labels give logits=None, and only labelled rows meet the head; return_logits=True asks for both.
+        shift_labels [B,T] beside labels: labels that are shifted already, for rows that are cut into parts (context parallelism).
         logits_to_keep: the last so many positions, or the positions of a 1-D tensor. The rest as in PaLMModel.
         """
-        num_items = kwargs.pop("num_items_in_batch", None)
+        num_items, shifted = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
+            cache=cache,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             prefix_lengths=prefix_lengths,
@@ -101,14 +103,16 @@ class _LanguageModel(PaLMPreTrainedModel):
         loss = None
         if labels is not None:
             whole = logits is not None and logits.shape[1] == hidden_BTC.shape[1]
-            loss = self._loss(hidden_BTC, logits if whole else None, labels, num_items)
+            loss = self._loss(hidden_BTC, logits if whole else None, labels, shifted, num_items)
         scale = self.config.logit_scale
         return self._output(loss, logits if logits is None or scale == 1 else logits * scale, outputs)
 
-    def _loss(self, hidden_BTC, logits_BTV, labels_BT, num_items):
+    def _loss(self, hidden_BTC, logits_BTV, labels_BT, shifted_BT, num_items):
         """The loss, from the unscaled logits where they are there and else without ever holding them."""
-        _check_labels(type(self).__name__, labels_BT, hidden_BTC.shape[:2])
-        targets = F.pad(labels_BT[:, self.shift :], (0, self.shift), value=-100) if self.shift else labels_BT
+        targets = labels_BT if shifted_BT is None else shifted_BT
+        _check_labels(type(self).__name__, targets, hidden_BTC.shape[:2])
+        if shifted_BT is None and self.shift:
+            targets = F.pad(labels_BT[:, self.shift :], (0, self.shift), value=-100)
         keywords = {
             "z_loss": self.config.z_loss,
             "logit_scale": self.config.logit_scale,
@@ -206,7 +210,8 @@ class _Classifier(PaLMPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
+            cache=cache,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             prefix_lengths=prefix_lengths,

@@ -8,20 +8,23 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_called, why_not_plain
-from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen
+from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen, sequence_bounds
 from ..ops.parallel_block import blocks_serve, decode_blocks
 from ..ops.soft_weak_embedding import soft_weak_embedding
 from .configuration import PaLMConfig
 from .generation import SharedPrefix, attend_shared
 
+_LOG = logging.get_logger(__name__)
 # transformers renamed this output from past_key_values to cache
 _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
 # layers of a cache whose update gives back what they store
@@ -133,6 +136,17 @@ class PaLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RotaryEmbedding):
             module.reset_tables()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """transformers' from_pretrained; a file of weights that is cut off or no safetensors is an OSError that says where."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"{cls.__name__}: the weights in {str(pretrained_model_name_or_path)!r} are cut off or corrupt ({error}): "
+                "save or fetch them anew"
+            ) from error
+
     def kernels(self) -> dict[str, str]:
         """Block name: "parallel_block" (the fused op), or "composition: why" (its children one by one, with our ops)."""
         return {name: block.path() for name, block in self.named_modules() if isinstance(block, ParallelBlock)}
@@ -143,6 +157,7 @@ class PaLMModel(PaLMPreTrainedModel):
 
     def __init__(self, config: PaLMConfig):
         super().__init__(config)
+        config.check()
         C = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, C)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
@@ -203,6 +218,8 @@ class PaLMModel(PaLMPreTrainedModel):
             raise ValueError(
                 "PaLMModel: output_attentions is not available, the kernels never hold the attention matrix"
             )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("PaLMModel: cache and past_key_values are two names of one thing, give one")
         cache = past_key_values if cache is None else cache
         x_BTC = self._embed(input_ids, inputs_embeds, strength, source_ids)
         B, T, _ = x_BTC.shape
@@ -243,7 +260,7 @@ class PaLMModel(PaLMPreTrainedModel):
         if strength is None:
             if source_ids is not None:
                 raise ValueError("PaLMModel: source_ids without strength, pass both")
-            embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            embedded = self._rows(input_ids) if inputs_embeds is None else inputs_embeds
             return self.embedding_dropout(embedded) if self.training else embedded
         if input_ids is None:
             raise ValueError("PaLMModel: strength mixes token embeddings, give input_ids, not inputs_embeds")
@@ -258,10 +275,20 @@ class PaLMModel(PaLMPreTrainedModel):
         if why_not_plain("embed_tokens", table, nn.Embedding, strength) is None:
             mixed = soft_weak_embedding(input_ids, table.weight, strength, source_ids=source_ids)
         else:  # a wrapped table: only the module knows its rows
-            row, source, a = table(input_ids), table(source_ids.clamp(min=0)), strength[..., None]
+            row, source, a = self._rows(input_ids), self._rows(source_ids.clamp(min=0)), strength[..., None]
             source = source.masked_fill((source_ids < 0)[..., None], 0.0)
             mixed = ((1 - a) * row + a * source).to(row.dtype)
         return self.embedding_dropout(mixed)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """embed_tokens(ids), with an error that says which id it does not have; on a GPU nobody looks."""
+        try:
+            return self.embed_tokens(ids)
+        except IndexError as error:
+            low, high = ids.aminmax()
+            raise ValueError(
+                f"PaLMModel: ids from {low} to {high}, vocab_size is {self.config.vocab_size}: the tokenizer has another vocabulary"
+            ) from error
 
     def _cache(self, cache, use_cache):
         """The cache to fill: the given one, a new one if asked for, else None."""
@@ -270,7 +297,10 @@ class PaLMModel(PaLMPreTrainedModel):
         if self.config.attention == "bidirectional":
             raise ValueError("PaLMModel: a cache needs attention 'causal' or 'prefix', the config says 'bidirectional'")
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            raise ValueError("PaLMModel: a cache and gradient checkpointing exclude each other: pass use_cache=False")
+            if cache is not None:
+                raise ValueError("PaLMModel: a cache and gradient checkpointing exclude each other: give no cache")
+            _LOG.warning_once("PaLMModel: no cache is made, since gradient checkpointing is on: pass use_cache=False")
+            return None
         return DynamicCache(config=self.config) if cache is None else cache
 
     def _step(self, x_BTC, cache, total, mask, positions) -> Tensor | None:
@@ -368,9 +398,8 @@ class PaLMModel(PaLMPreTrainedModel):
             return None
         if mask["prefix_lengths"] is not None:
             raise ValueError("PaLMModel: prefix_lengths and packed rows exclude each other")
-        bounds = F.pad(starts_BT.flatten().nonzero()[:, 0], (0, 1), value=B * T).to(torch.int32)
         rest = {k: mask[k] for k in ("causal", "window", "key_bias")}
-        return partial(_attend_packed, starts=bounds, **rest)
+        return partial(_attend_packed, starts=sequence_bounds(starts_BT), **rest)
 
     def _positions(self, position_ids, attention_mask, past, T) -> Tensor | None:
         """[T] or [B,T] positions, given or counted by the mask; None where they go on behind the `past` cached ones."""

@@ -153,6 +153,17 @@ class PaLMTokenizer(PreTrainedTokenizerFast):
         super().__init__(*args, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """transformers' from_pretrained; a file that is no JSON is an OSError that says where."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except json.JSONDecodeError as error:
+            raise OSError(
+                f"{cls.__name__}: a file in {str(pretrained_model_name_or_path)!r} is cut off or corrupt ({error}): "
+                "save or fetch it anew"
+            ) from error
+
+    @classmethod
     def train(cls, texts: Iterable, vocab_size: int = 4096, *, min_frequency: int = 2, **kwargs) -> "PaLMTokenizer":
         """A tokenizer of at most vocab_size tokens, learnt from texts: strings, lists of words, or UTF-8 files as pathlib.Path.
 
