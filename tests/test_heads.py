@@ -100,20 +100,12 @@ def test_spans():
     ids, mask = batch()
     start, end = torch.tensor([5, 0, 11, -1]), torch.tensor([6, 3, 12, -1])  # the last two lie outside the window
     out = model(ids, attention_mask=mask, start_positions=start, end_positions=end)
-    alone = [
-        [logits[:, mask[i].bool()] for logits in (out.start_logits[i, None], out.end_logits[i, None])] for i in (0, 1)
-    ]
-    expected = (
-        sum(
-            F.cross_entropy(s, torch.tensor([k - shift]))
-            for (a, b), x, y, shift in ((alone[0], 5, 6, 4), (alone[1], 0, 3, 0))
-            for s, k in ((a, x), (b, y))
-        )
-        / 4
-    )
-    same(out.loss, expected)  # padding is no candidate
-    on_padding = model(ids, attention_mask=mask, start_positions=start.clamp(max=1), end_positions=end.clamp(max=3))
-    assert on_padding.loss < 50  # left out, not the loss of an impossible column
+    starts, ends = (logits.masked_fill(mask == 0, -torch.inf)[:2] for logits in (out.start_logits, out.end_logits))
+    expected = (F.cross_entropy(starts, start[:2]) + F.cross_entropy(ends, end[:2])) / 2
+    same(out.loss, expected)
+    padded = torch.tensor([5, 0, 10])  # of row 2 columns 0, 1, 9 and 10 are padding
+    more = model(ids[:3], attention_mask=mask[:3], start_positions=padded, end_positions=torch.tensor([6, 3, 9]))
+    same(more.loss, expected)
     halved = model(ids, attention_mask=mask, start_positions=start, end_positions=end, num_items_in_batch=4)
     same(halved.loss, expected / 2)
     assert model(ids).loss is None

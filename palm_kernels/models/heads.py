@@ -302,8 +302,8 @@ class PaLMForQuestionAnswering(PaLMPreTrainedModel):
     ):
         """start_logits, end_logits [B,T] in float32, and with start_positions and end_positions [B] the mean of their cross entropies.
 
-        A position outside [0,T) (an answer that the window does not hold) or on padding is left out, and padding is no candidate. The
-        rest as in PaLMModel.
+        A position outside [0,T) (an answer that the window does not hold) or on padding is left out, and padding is no candidate for
+        the others. The rest as in PaLMModel.
         """
         num_items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
@@ -329,10 +329,9 @@ class PaLMForQuestionAnswering(PaLMPreTrainedModel):
             inside = (targets >= 0) & (targets < T)
             scores = logits_BT2.permute(2, 0, 1)  # [2,B,T]
             if attention_mask is not None:  # else the loss of a row would change with the padding beside it
-                keep_BT = attention_mask[:, -T:] != 0
-                scores = scores.masked_fill(~keep_BT, torch.finfo(scores.dtype).min)
-                inside &= keep_BT.gather(1, targets.t().clamp(0, T - 1)).t()
-            targets = torch.where(inside, targets, -100)
+                padded_BT = attention_mask[:, -T:] == 0
+                scores = scores.masked_fill(padded_BT, torch.finfo(scores.dtype).min)
+                targets = targets.masked_fill(padded_BT.gather(1, targets.T.clamp(min=0)).T, -100)
             halves = [
                 cross_entropy(s, t, reduction="mean" if num_items is None else "sum")
                 for s, t in zip(scores, targets, strict=True)
