@@ -326,7 +326,7 @@ class PaLMForQuestionAnswering(PaLMPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             T = logits_BT2.shape[1]
             targets = torch.stack((start_positions.view(-1), end_positions.view(-1)))
-            inside = (targets >= 0) & (targets < T)
+            targets = torch.where((targets >= 0) & (targets < T), targets, -100)
             scores = logits_BT2.permute(2, 0, 1)  # [2,B,T]
             if attention_mask is not None:  # else the loss of a row would change with the padding beside it
                 padded_BT = attention_mask[:, -T:] == 0
