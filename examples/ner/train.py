@@ -96,9 +96,8 @@ def build(args: argparse.Namespace, corpus: Corpus) -> tuple[PaLMForTokenClassif
         return load_model(Path(args.out) / "last", weights=False, **both)
     if args.model:
         model, tokenizer = load_model(args.model, **both)
-        if (
-            list(PaLMConfig.from_pretrained(args.model).id2label.values()) != corpus.labels
-        ):  # of the same number, perhaps
+        saved = PaLMConfig.from_pretrained(args.model).id2label
+        if list(saved.values()) != corpus.labels:  # as many, perhaps, but with other meanings
             model._init_weights(model.score)
         return model, tokenizer
     tokenizer = PaLMTokenizer.train([s.words for s in corpus.train], args.vocab)
