@@ -1,11 +1,17 @@
 """What the examples' command lines share: options of a small model, and how a run begins and ends."""
 
 import argparse
+import json
+import platform
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import transformers
 
+import palm_kernels as pk
 from palm_kernels.models import PaLMConfig
 from palm_kernels.train import Settings
 
@@ -59,6 +65,23 @@ def new_config(args: argparse.Namespace, tokenizer, **fields) -> PaLMConfig:
         "embedding_std": 0.5,
     }
     return PaLMConfig(vocab_size=len(tokenizer), **{**shape, **fields})
+
+
+def facts(args: argparse.Namespace) -> dict:
+    """What a results file says of the run that made it."""
+    versions = {m.__name__: m.__version__ for m in (pk, torch, transformers)} | {"python": platform.python_version()}
+    return {"command": shlex.join(sys.argv), "arguments": vars(args), "versions": versions}
+
+
+def replaced(path: Path, write: Callable[[Path], object]) -> Path:
+    """path, written by write(file beside it) and renamed: a reader sees the old file or the new one."""
+    beside = path.with_name(f"{path.stem}.partial{path.suffix}")
+    write(beside)
+    return beside.replace(path)
+
+
+def write_json(path: Path, values: dict) -> Path:
+    return replaced(path, lambda beside: beside.write_text(json.dumps(values, indent=1)))
 
 
 def run(args: argparse.Namespace, work: Callable[[argparse.Namespace, Settings], object]) -> int:

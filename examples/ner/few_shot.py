@@ -4,7 +4,6 @@ Each draw takes k sentences a type from train, as many from dev to choose the ep
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -12,8 +11,7 @@ from pathlib import Path
 
 from palm_kernels.train import Settings
 
-from ..command import positive, run
-from . import report
+from ..command import facts, positive, run, write_json
 from .data import Corpus, DataError, Sentence
 from .train import corpus_of, learn, on_test, parser
 
@@ -54,8 +52,7 @@ def work(args: argparse.Namespace, settings: Settings) -> None:
     found = [row["test"]["micro avg"]["f1-score"] for row in rows]
     spread = statistics.stdev(found) if len(found) > 1 else 0.0
     told = {"shots": args.shots, "mean": statistics.mean(found), "standard_deviation": spread, "draws": rows}
-    told |= {"arguments": vars(args)}
-    written = report.replaced(out / "few_shot.json", lambda path: path.write_text(json.dumps(told, indent=1)))
+    written = write_json(out / "few_shot.json", {**told, **facts(args)})
     print(
         f"\n{args.shots} sentences a type, {len(found)} draws: test micro-F1 {told['mean']:.3f} ± {spread:.3f} (standard deviation)"
     )

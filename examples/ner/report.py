@@ -6,12 +6,13 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ..command import replaced
 from .data import HAN, entities
 
 COLOURS = (36, 33, 35, 32, 34, 31, 96, 93, 95, 92, 94, 91)  # ANSI foregrounds, one a type, in the order of the types
@@ -149,13 +150,6 @@ def confusion(gold: Iterable[list[str]], found: Iterable[list[str]], types: list
         for expected, tag in zip(g, f, strict=True):
             counts[names[expected[2:]]][names[tag[2:]]] += 1
     return counts
-
-
-def replaced(path: Path, write: Callable[[Path], object]) -> Path:
-    """path, written by write(file beside it) and renamed: a reader sees the old file or the new one."""
-    beside = path.with_name(f"{path.stem}.partial{path.suffix}")
-    write(beside)
-    return beside.replace(path)
 
 
 def picture(folder: Path, counts: list[list[int]], types: list[str]) -> list[Path]:

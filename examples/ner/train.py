@@ -5,7 +5,6 @@ entity F1 on dev after each epoch -> the best model, saved -> the report on test
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from palm_kernels.models import PaLMConfig, PaLMForTokenClassification, PaLMToke
 from palm_kernels.train import Help, Settings, fit
 from palm_kernels.train import load_model as load_pair
 
-from ..command import add_files, positive, run, share
+from ..command import add_files, facts, positive, replaced, run, share, write_json
 from . import report, synthetic
 from .augment import mentions, swap_mentions, weak_masking
 from .batches import Encoder, best_tags, shuffled, tag, word_scores
@@ -203,10 +202,10 @@ def finish(args: argparse.Namespace, corpus: Corpus, history: list[dict[str, flo
     print(f"\ntest, model of epoch {best['epoch']} (best dev F1 {best['dev_f1']:.3f})\n\n{report.table(result)}\n")
     print(report.examples(corpus.test, found, corpus.types))
     counts = report.confusion(gold, found, corpus.types)
-    metrics = {"test": result, "history": history, "types": corpus.types, "confusion": counts, "arguments": vars(args)}
-    written = report.replaced(out / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
+    metrics = {"test": result, "history": history, "types": corpus.types, "confusion": counts, **facts(args)}
+    written = write_json(out / "metrics.json", metrics)
     errors = report.worst(corpus.test, found, logs, corpus.labels)
-    told = report.replaced(out / "errors.txt", lambda path: path.write_text(errors))
+    told = replaced(out / "errors.txt", lambda path: path.write_text(errors))
     files = [out / "model", written, told, *report.picture(out, counts, corpus.types), out / "learning_curve.png"]
     print(f"\n{errors.partition(chr(10))[0]}\n\nwritten: " + ", ".join(map(str, files)))
     print(f'tag a text: python -m examples.ner.predict {out / "model"} "Ada Lovelace met Charles Babbage in London."')

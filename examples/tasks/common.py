@@ -12,7 +12,7 @@ import palm_kernels as pk
 from palm_kernels.models import PaLMTokenizer
 from palm_kernels.train import Help, Labelled, Settings, fit, load_model
 
-from ..command import add_files, add_model, new_config, share
+from ..command import add_files, add_model, facts, new_config, share, write_json
 from ..ner.data import DataError, decode
 from .corpora import Parts
 
@@ -147,6 +147,5 @@ def report(args: argparse.Namespace, count: int, found: Score, trivial: Score, h
     print(f"\n{count} test examples" + "".join(f"{name:>10}" for name in found))
     for who, scores in (("model", found), (how, trivial)):
         print(f"  {who:<{len(str(count)) + 12}}" + "".join(f"{value:10.3f}" for value in scores.values()))
-    path = Path(args.out) / "scores.json"
-    path.write_text(json.dumps({"test": found, how: trivial}, indent=1))
+    path = write_json(Path(args.out) / "scores.json", {"test": found, how: trivial, **facts(args)})
     print(f"\nwritten: {Path(args.out) / 'best'} (the model), {path.name}, metrics.jsonl, learning_curve.png")
