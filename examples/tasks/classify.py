@@ -93,7 +93,7 @@ def work(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(arguments("classify", __doc__ or "", epochs=6, hidden=128, layers=2).parse_args(argv), work)
+    return run(arguments("classify", __doc__ or "", epochs=4, hidden=128, layers=2, lr=2e-3).parse_args(argv), work)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ FACTS = [
 def _clause(source: Source, verdict: str) -> str:
     opposite = "negative" if verdict == "positive" else "positive"
     subject = f"the {source.pick(SERVED)}" + source.pick(["", f" at the {source.pick(source.names['stem'])}"])
-    if source.rng.random() < 0.5:
+    if source.rng.random() < 0.3:
         negation, adjective = source.pair(NEGATIONS, ADJECTIVES[opposite])
         return f"{subject} was {negation} {adjective}"
     return f"{subject} was {source.pick(ADVERBS)}{source.pick(ADJECTIVES[verdict])}"
@@ -100,7 +100,7 @@ def review(source: Source) -> dict:
             "label": label,
         }
     opposite = "negative" if label == "positive" else "positive"
-    form = source.pick(["{0}", "although {1}, {0}", "{1}, but {0}", "{0}, even though {1}"])
+    form = source.pick(["{0}", "{0}", "{0}", "although {1}, {0}", "{1}, but {0}"])
     text = form.format(_clause(source, label), _clause(source, opposite))
     return {"text": text[0].upper() + text[1:] + ".", "label": label}
 
