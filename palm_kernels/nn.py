@@ -331,3 +331,8 @@ class LinearCrossEntropyLoss(nn.Module):
 def fan_in_init_(weight: Tensor, scale: float = 1.0) -> Tensor:
     """N(0, scale / sqrt(n_in)) in place, as PaLM's kernels (section 5)."""
     return nn.init.normal_(weight, std=scale / math.sqrt(weight.shape[-1]))
+
+
+def sequence_bounds(first_BT: Tensor) -> Tensor:
+    """The int32 [sequences + 1] that attention_varlen takes, of rows laid end to end; first_BT bool: where a sequence begins."""
+    return F.pad(first_BT.flatten().nonzero()[:, 0], (0, 1), value=first_BT.numel()).to(torch.int32)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen, sequence_bounds
+from ..nn import sequence_bounds
+from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen
 
 NAME = "palm_kernels"
 

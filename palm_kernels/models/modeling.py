@@ -17,8 +17,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, why_called, why_not_plain
-from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen, sequence_bounds
+from ..nn import (
+    LayerNorm,
+    ParallelBlock,
+    RMSNorm,
+    RotaryEmbedding,
+    fan_in_init_,
+    sequence_bounds,
+    why_called,
+    why_not_plain,
+)
+from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen
 from ..ops.parallel_block import blocks_serve, decode_blocks
 from ..ops.soft_weak_embedding import soft_weak_embedding
 from .configuration import PaLMConfig

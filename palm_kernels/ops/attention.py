@@ -1,7 +1,6 @@
 """Multi-query and grouped-query attention (PaLM section 2; Shazeer 2019): dense, packed, and against a cache."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import (
@@ -348,8 +347,3 @@ def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     out = torch.stack([share * out.to(share.dtype) for share, (out, _) in zip(shares, parts, strict=True)]).sum(0)
     lse = torch.where(empty, -torch.inf, torch.log(safe) + base)
     return out.to(parts[0][0].dtype), lse
-
-
-def sequence_bounds(first_BT: Tensor) -> Tensor:
-    """The int32 [sequences + 1] that attention_varlen takes, of rows laid end to end; first_BT bool: where a sequence begins."""
-    return F.pad(first_BT.flatten().nonzero()[:, 0], (0, 1), value=first_BT.numel()).to(torch.int32)
