@@ -91,7 +91,7 @@ def work(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments("complete", __doc__ or "", epochs=2, hidden=128, layers=3, lr=2e-3)
+    parser = arguments("complete", __doc__ or "", epochs=3, hidden=128, layers=3, lr=2e-3)
     parser.add_argument(
         "--corpus", choices=sorted(corpora.COMPLETIONS), default="summarisation", help="which toy corpus"
     )
