@@ -125,17 +125,14 @@ def worst(sentences, found: list[list[str]], scores: list[np.ndarray], labels: l
     wrong = [i for i, (s, tags) in enumerate(zip(sentences, found, strict=True)) if s.tags != tags]
     for place, i in enumerate(sorted(wrong, key=lambda i: -losses[i].sum())[:count], 1):
         s = sentences[i]
-        lines += [
-            "",
-            f"{place}. loss {losses[i].sum():.2f}  {s.where}",
-            f"   found:    {marked(s.words, found[i], types, False)}",
-        ]
-        lines.append(f"   expected: {marked(s.words, s.tags, types, False)}")
+        lines += ["", f"{place}. loss {losses[i].sum():.2f}  {s.where}"]
+        lines += [f"   found:    {marked(s.words, found[i], types, False)}"]
+        lines += [f"   expected: {marked(s.words, s.tags, types, False)}"]
         told = [k for k in np.argsort(-losses[i]) if s.tags[k] != found[i][k]]
         words = (
             f"{shown(s.words[k])} {s.tags[k]} ({math.exp(-losses[i][k]):.2g}), found {found[i][k]}" for k in told[:8]
         )
-        lines.append("   expected with probability: " + "; ".join(words))
+        lines += ["   expected with probability: " + "; ".join(words)]
     return "\n".join(lines) + "\n"
 
 

@@ -194,7 +194,7 @@ def _chunks(hidden, linear_weight, linear_bias, kept, ignored, row_inputs, row_o
         if bad is not None and bad >= 0:
             return lo + bad
         if dhidden is not None:
-            product = gemm.mm(x, linear_weight, dhidden[part] if kept is None else torch.empty_like(h))
+            product = gemm.mm(x, linear_weight, dhidden[part] if kept is None else empty(h, h.shape))
             if ignored is not None:
                 product.masked_fill_(ignored[part], 0)
             if kept is not None:
