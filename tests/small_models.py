@@ -1,6 +1,8 @@
 """Small models of ours and batches for them."""
 
 import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
 from palm_kernels.models import PaLMConfig, PaLMForCausalLM
 
@@ -34,3 +36,13 @@ def gradients(model, **inputs):
 
 def same(a, b, tolerance=2e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def generate_compiled(model, ids, **keywords):
+    """(tokens, graphs): `generate` over a static cache with its steps compiled whole, as it does by itself on a GPU."""
+    config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    tokens = model.generate(ids, cache_implementation="static", compile_config=config, **keywords)
+    return tokens, counters["stats"]["unique_graphs"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from small_models import generate_compiled
 from transformers import DynamicCache, StaticCache
 
 from palm_kernels import integrations
@@ -95,6 +96,17 @@ def test_greedy_tokens(family, cache):
     if cache == "static":
         keywords["cache_implementation"] = "static"
     assert torch.equal(ours.generate(ids, **keywords), theirs.generate(ids, **keywords))
+
+
+@pytest.mark.parametrize("family, most", [("Llama", 1), ("Mistral", 2)])
+def test_compiled_steps_of_generate(family, most):
+    """As on a GPU: one graph serves all steps over a static cache, a sliding one has two kinds."""
+    ours, theirs = pair(family)
+    ids, mask = batch("left")
+    keywords = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+    found, graphs = generate_compiled(ours, ids, **keywords)
+    keywords |= {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(found, theirs.generate(ids, **keywords)) and 1 <= graphs <= most
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
-from small_models import batch, build, gradients, same, tiny
+from small_models import batch, build, generate_compiled, gradients, same, tiny
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -366,7 +367,24 @@ def test_past_key_values_is_the_same_cache():
     out = model(ids[:, :8], use_cache=True)
     cache = cache_of(out)
     same(model(ids[:, 8:], past_key_values=cache).logits, model(ids).logits[:, 8:])
-    assert cache_of(model(ids)) is None
+
+
+def test_when_a_forward_makes_a_cache():
+    model, (ids, mask, labels) = build(), batch()
+    packed = torch.arange(13).remainder(5)[None]
+    assert cache_of(model(ids)) is None, "grad is on"
+    with torch.no_grad():
+        for made, keywords in (
+            (True, {}),
+            (True, {"attention_mask": mask, "position_ids": torch.arange(13)[None]}),
+            (False, {"position_ids": packed}),
+            (False, {"labels": labels}),
+            (False, {"use_cache": False}),
+            (True, {"use_cache": True, "labels": labels}),
+        ):
+            assert (cache_of(model(ids, **keywords)) is not None) == made, keywords
+        assert cache_of(build(use_cache=False)(ids)) is None and cache_of(build().train()(ids)) is None
+        same(model(ids[:, 8:], cache=cache_of(model(ids[:, :8])), use_cache=False).logits, model(ids).logits[:, 8:])
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -528,6 +546,53 @@ def test_decode_step_under_compile():
     with torch.no_grad():
         same(torch.compile(step, fullgraph=True, backend="aot_eager")(x), step(x))
         same(step(x), block(x, cos, sin))
+
+
+@pytest.mark.parametrize("shape", ["default", "layer_norm, grouped, interleaved"])
+@pytest.mark.parametrize("given", ["mask and positions", "mask", "nothing"])
+def test_a_compiled_step_over_a_static_cache(shape, given):
+    """One graph serves every step, and none of them looks at the cache's length."""
+    model, (ids, mask, _) = build(**SHAPES[shape]), batch()
+    mask = mask if given != "nothing" else torch.ones_like(mask)
+    mask[-1] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        model(ids[:, :9], attention_mask=mask[:, :9], cache=cache)
+        for t in range(9, 13):
+            keywords = {} if given == "nothing" else {"attention_mask": F.pad(mask[:, : t + 1], (0, 19 - t), value=1)}
+            if given == "mask and positions":
+                keywords["position_ids"] = positions[:, t : t + 1]
+            same(compiled(ids[:, t : t + 1], cache=cache, **keywords).logits[:, 0], expected[:, t])
+    assert graphs.frame_count == 1
+
+
+def test_generate_compiles_over_a_static_cache():
+    """As it does by itself on a GPU; a sliding window's cache has two kinds of step, before and after it is full."""
+    ids, mask = batch()[0], torch.ones(3, 13, dtype=torch.long)
+    mask[1, :3] = 0
+    for window, most in ((None, 1), (17, 4)):
+        model = build(tie_word_embeddings=False, initializer_factor=3.0, sliding_window=window)
+        keywords = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+        found, graphs = generate_compiled(model, ids, **keywords)
+        assert torch.equal(found, model.generate(ids, **keywords)) and 1 <= graphs <= most
+
+
+def test_a_static_cache_and_its_mask():
+    model, (ids, mask, _) = build(), batch()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        longer = F.pad(mask, (0, 7), value=1)
+        same(model(ids, attention_mask=longer, cache=cache).logits[mask.bool()], expected[mask.bool()])
+        for length in (12, 14, 21):
+            with pytest.raises(ValueError, match=r"need \[B,S\] = \[3, 13\]"):
+                cache = StaticCache(config=model.config, max_cache_len=20)
+                model(ids, attention_mask=torch.ones(3, length), cache=cache)
 
 
 def test_beams_through_a_cache():

@@ -22,12 +22,13 @@ NAME = "palm_kernels"
 class Mask:
     """What a query may see; causal and window as in `attention`. end: the keys that are there, a static cache has room for more.
 
+    A filled static cache knows its length as a tensor, int64 []: nobody waits for it, and all steps look the same to a compiler.
     starts: int32 bounds of packed sequences in the flattened batch. padded: whether a key that is there is removed.
     """
 
     causal: bool
     window: int | tuple[int, int] | None
-    end: int
+    end: int | Tensor
     starts: Tensor | None = None
     padded: bool = False
 
@@ -80,12 +81,15 @@ def mask(
     A 4-D tensor passes unchanged through a model (2-D ones are taken for padding masks and made anew).
     """
     found: dict[str, Any] = {"causal": True} if mask_function is None else _read(mask_function, {})
-    end = min(kv_length, int(q_offset) + q_length - int(kv_offset))
-    if attention_mask is None:
-        keep = torch.ones(1, end, dtype=torch.bool, device=device)
+    if stays := isinstance(q_offset, Tensor):
+        end, held = q_offset + q_length, kv_length
     else:
-        keep = attention_mask[:, int(kv_offset) : int(kv_offset) + end] != 0
-        keep = F.pad(keep, (0, end - keep.shape[1]), value=True)
+        end = held = min(kv_length, q_offset + q_length - kv_offset)
+    if attention_mask is None:
+        keep = torch.ones(1, held, dtype=torch.bool, device=device)
+    else:
+        keep = attention_mask[:, kv_offset : kv_offset + held] != 0
+        keep = F.pad(keep, (0, held - keep.shape[1]), value=True)
     window, causal = found.get("left"), found.get("causal", False)
     if "both" in found:
         window = (found["both"], found["both"])
@@ -93,7 +97,7 @@ def mask(
         window = (window - 1, -1)
     starts = _starts(found["sequences"].expand(batch_size, -1)) if "sequences" in found else None
     out = keep[:, None, None]
-    padded = attention_mask is not None and not bool(keep.all())
+    padded = attention_mask is not None and (stays or not bool(keep.all()))
     out.palm = Mask(causal, window, end, starts, padded)  # type: ignore
     return out
 
@@ -133,15 +137,23 @@ def forward(
         key_bias = attention_mask[:, 0, 0] if said.padded else None
     else:
         _refuse(f"a mask of shape {list(attention_mask.shape)}")
-    k, v = k[:, : said.end], v[:, : said.end]
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    few = said.causal and q.shape[1] * q.shape[2] <= DECODE_ROWS and not needs_grad
+    lengths = None
+    if few and isinstance(said.end, Tensor):
+        lengths = said.end.to(torch.int32).repeat(len(q))
+    else:
+        end = int(said.end)
+        k, v = k[:, :end], v[:, :end]
+        key_bias = None if key_bias is None else key_bias[:, :end]
     if said.starts is not None:
         q_, k_, v_ = (x.flatten(0, 1) for x in (q, k, v))
         keywords = {"causal": said.causal, "window": said.window, "scale": scaling}
         out = attention_varlen(q_, k_, v_, said.starts, said.starts, **keywords)
         return out.view(q.shape), None  # type: ignore
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if said.causal and q.shape[1] * q.shape[2] <= DECODE_ROWS and not needs_grad and k.shape[1] > q.shape[1]:
-        lengths = torch.full((len(q),), k.shape[1], dtype=torch.int32, device=q.device)
+    if few and k.shape[1] > q.shape[1]:
+        if lengths is None:
+            lengths = torch.full((len(q),), k.shape[1], dtype=torch.int32, device=q.device)
         out = attention_decode(q, k, v, cache_lengths=lengths, scale=scaling, key_bias=key_bias, window=said.window)
     else:
         out = attention(q, k, v, causal=said.causal, scale=scaling, key_bias=key_bias, window=said.window)

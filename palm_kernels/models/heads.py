@@ -21,7 +21,7 @@ from ..nn import why_not_plain
 from ..ops.cross_entropy import cross_entropy, linear_cross_entropy
 from ..ops.decode_linear import decode_linear, reads_once
 from .configuration import PaLMConfig
-from .modeling import _CACHE, PaLMModel, PaLMPreTrainedModel
+from .modeling import _CACHE, PaLMModel, PaLMPreTrainedModel, static_room
 
 
 def _product(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class _LanguageModel(PaLMPreTrainedModel):
             cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=use_cache if labels is None else bool(use_cache),
             prefix_lengths=prefix_lengths,
             strength=strength,
             source_ids=source_ids,
@@ -135,8 +135,11 @@ class PaLMForCausalLM(_LanguageModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-        """The mask as it is: `generate` would make it 4-D for a static cache."""
-        return attention_mask
+        """The mask [B,S], as long as a static cache has room, so that no step of `generate` has a shape of its own; theirs would be 4-D."""
+        room = static_room(kwargs.get("cache", kwargs.get("past_key_values")))
+        if attention_mask is None or room is None:
+            return attention_mask
+        return F.pad(attention_mask, (0, room - attention_mask.shape[1]), value=1)
 
     def _output(self, loss, logits, outputs) -> CausalLMOutputWithPast:
         cache = {_CACHE: outputs.get(_CACHE)}
@@ -213,7 +216,7 @@ class _Classifier(PaLMPreTrainedModel):
             cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=bool(use_cache),
             prefix_lengths=prefix_lengths,
             strength=strength,
             source_ids=source_ids,
@@ -306,6 +309,7 @@ class PaLMForQuestionAnswering(PaLMPreTrainedModel):
         the others. The rest as in PaLMModel.
         """
         num_items = kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

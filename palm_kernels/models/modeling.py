@@ -73,13 +73,16 @@ def _additive(keep: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _attend_cached(q, k, v, *, cache, layer, few, total, lengths, key_bias, window, prefix_lengths):
-    """Attention of new tokens to all that the cache then holds of `total`; few: by attention_decode. Its tensors are [B,K,S,D]."""
+    """Attention of new tokens to all that the cache then holds of `total`; few: by attention_decode. Its tensors are [B,K,S,D].
+
+    total is a tensor where a static cache's length stays on its device (`_stays`): the whole room is given then, and `lengths` say.
+    """
     k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     if isinstance(cache, SharedPrefix):
         own_bias = None if key_bias is None else key_bias[:, cache.prefix_length :]
         return attend_shared(q, k, v, cache.prefix[layer], own_bias)
-    dropped = total - k.shape[1]
+    dropped = 0 if isinstance(total, Tensor) else total - k.shape[1]
     if dropped < 0:  # a static cache has room for more
         k, v = k[:, :total], v[:, :total]
     elif dropped > 0:  # a sliding cache has let its oldest keys go
@@ -120,12 +123,19 @@ def _room(cache, layers: int, total: int, x: Tensor, shape: tuple[int, ...]):
     return tuple(zip(*(cache.update(new, new, i) for i in range(layers)), strict=True))
 
 
+def static_room(cache) -> int | None:
+    """The tokens that a static cache has room for; None for every other cache."""
+    layers = getattr(cache, "layers", ())
+    return layers[0].max_cache_len if layers and all(type(layer) is StaticLayer for layer in layers) else None
+
+
 class PaLMPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation; `kernels()` says which path each block takes."""
 
     config: PaLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _can_compile_fullgraph = True
     _no_split_modules = ["PaLMBlock"]  # noqa: RUF012 (transformers' own attribute, never changed)
 
     @torch.no_grad()
@@ -219,7 +229,8 @@ class PaLMModel(PaLMPreTrainedModel):
 
         attention_mask [B,S] 0/1 or bool: False keys are removed; S counts the cached tokens too. Positions follow it (left padding).
         position_ids [B,T] or [1,T]; restarting ones without attention_mask mean packed rows, each sequence attends to itself.
-        use_cache: None means only if a cache is given, since a cache costs the fused block (`generate` asks for one).
+        use_cache: whether a cache is made where none is given. None means config.use_cache in eval mode without grad, unless attention is
+        bidirectional or rows may be packed (position_ids without attention_mask): a cache costs the fused block.
         strength [B,T] float32 in [0,1], source_ids [B,T]: soft weak masking (absent: the row of config.mask_token_id); kappa: its
         attention half. prefix_lengths int32 [B] counts from column 0, padding included, and needs config.attention "prefix".
         """
@@ -232,24 +243,30 @@ class PaLMModel(PaLMPreTrainedModel):
         cache = past_key_values if cache is None else cache
         x_BTC = self._embed(input_ids, inputs_embeds, strength, source_ids)
         B, T, _ = x_BTC.shape
+        if use_cache is None:
+            maybe_packed = position_ids is not None and attention_mask is None
+            use_cache = self.config.use_cache and self._may_cache() and not maybe_packed
         cache = self._cache(cache, use_cache)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        attention_mask = self._check_mask(attention_mask, B, past + T)
+        past = 0 if cache is None else cache.get_seq_length()
+        room = static_room(cache)
+        stays = isinstance(past, Tensor) and prefix_lengths is None and self._stays(past, room, T)
+        past = past if stays else int(past)
+        attention_mask = self._check_mask(attention_mask, B, room if stays else past + T, T if stays else room)
         if cache is not None and self._says_nothing(attention_mask):
             attention_mask = None
-        mask = self._mask(attention_mask, strength, kappa, prefix_lengths, cached=past > 0)
+        mask = self._mask(attention_mask, strength, kappa, prefix_lengths, cached=stays or past > 0)
         packed = None
         if cache is None and attention_mask is None and position_ids is not None:
             packed = self._packed(position_ids, mask, B, T)
-        positions = self._positions(position_ids, attention_mask, past, T)
+        positions = self._positions(position_ids, attention_mask, past, T, x_BTC.device)
         want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x_BTC] if want_states else []
         hidden_BTC = None
-        if cache is not None and not want_states:
+        if cache is not None and not stays and not want_states:
             hidden_BTC = self._step(x_BTC, cache, past + T, mask, positions)
         if hidden_BTC is None:
             if positions is None and past:
-                positions = torch.arange(past, past + T, device=x_BTC.device)
+                positions = torch.arange(T, device=x_BTC.device) + past
             cached = None if cache is None else self._cached(cache, past + T, mask, x_BTC)
             cos, sin = self.rotary.cos, self.rotary.sin
             for i, layer in enumerate(self.layers):
@@ -299,9 +316,12 @@ class PaLMModel(PaLMPreTrainedModel):
                 f"PaLMModel: ids from {low} to {high}, vocab_size is {self.config.vocab_size}: the tokenizer has another vocabulary"
             ) from error
 
-    def _cache(self, cache, use_cache):
+    def _may_cache(self) -> bool:
+        return not self.training and not torch.is_grad_enabled() and self.config.attention != "bidirectional"
+
+    def _cache(self, cache, use_cache: bool):
         """The cache to fill: the given one, a new one if asked for, else None."""
-        if use_cache is False or (cache is None and not use_cache):
+        if cache is None and not use_cache:
             return None
         if self.config.attention == "bidirectional":
             raise ValueError("PaLMModel: a cache needs attention 'causal' or 'prefix', the config says 'bidirectional'")
@@ -348,16 +368,34 @@ class PaLMModel(PaLMPreTrainedModel):
     def _cached(self, cache, total, mask, x_BTC):
         """The `attend` of T new tokens and a cache that will hold `total`, by layer; what all layers share is made once."""
         B, T, _ = x_BTC.shape
-        lengths = torch.full((B,), total, dtype=torch.int32, device=x_BTC.device)
-        few = self.config.num_attention_heads * T <= DECODE_ROWS and not torch.is_grad_enabled()
-        few = few and mask["prefix_lengths"] is None
+        if stays := isinstance(total, Tensor):
+            lengths = total.to(torch.int32).repeat(B)
+        else:
+            lengths = torch.full((B,), total, dtype=torch.int32, device=x_BTC.device)
+        few = stays or (self._few(T) and mask["prefix_lengths"] is None)
         shared = {"few": few, "total": total, "lengths": lengths, "key_bias": _additive(mask["key_bias"], x_BTC)}
         shared |= {"window": mask["window"], "prefix_lengths": mask["prefix_lengths"]}
         return lambda layer: partial(_attend_cached, cache=cache, layer=layer, **shared)
 
+    def _few(self, T: int) -> bool:
+        """Whether T new tokens meet a cache by attention_decode."""
+        return self.config.num_attention_heads * T <= DECODE_ROWS and not torch.is_grad_enabled()
+
+    def _stays(self, past: Tensor, room: int | None, T: int) -> bool:
+        """Whether the length of a static cache is left where it is: in compiled code, and where looking would wait for a GPU.
+
+        Nobody sees then whether the cache is full, or a position too large.
+        """
+        if room is None or room > self.config.max_position_embeddings or torch.is_grad_enabled():
+            return False
+        return torch.compiler.is_compiling() or (past.device.type != "cpu" and self._few(T))
+
     @staticmethod
-    def _check_mask(attention_mask, B, S) -> Tensor | None:
-        """attention_mask as bool [B,S], or an error that says what would do."""
+    def _check_mask(attention_mask, B, S, shortest=None) -> Tensor | None:
+        """attention_mask as bool [B,S], or an error that says what would do.
+
+        shortest: a static cache's mask may also be as long as its room, and is cut; or where the room is S, any length from shortest on.
+        """
         if attention_mask is None:
             return None
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -365,11 +403,12 @@ class PaLMModel(PaLMPreTrainedModel):
             raise ValueError(
                 f"PaLMModel: attention_mask is {given}, need [B,S] of 0/1 or bool; causal, prefix and window masks are the config's"
             )
-        if attention_mask.shape != (B, S):
+        rows, length = attention_mask.shape
+        if rows != B or not (length == S or (shortest is not None and shortest <= length <= max(S, shortest))):
             raise ValueError(
-                f"PaLMModel: attention_mask has shape {list(attention_mask.shape)}, need [B,S] = {[B, S]} (cached tokens included)"
+                f"PaLMModel: attention_mask has shape {[rows, length]}, need [B,S] = {[B, S]} (cached tokens included)"
             )
-        return attention_mask != 0
+        return F.pad(attention_mask != 0, (0, S - length), value=True)
 
     @staticmethod
     def _says_nothing(attention_mask) -> bool:
@@ -410,16 +449,18 @@ class PaLMModel(PaLMPreTrainedModel):
         rest = {k: mask[k] for k in ("causal", "window", "key_bias")}
         return partial(_attend_packed, starts=sequence_bounds(starts_BT), **rest)
 
-    def _positions(self, position_ids, attention_mask, past, T) -> Tensor | None:
-        """[T] or [B,T] positions, given or counted by the mask; None where they go on behind the `past` cached ones."""
+    def _positions(self, position_ids, attention_mask, past, T, device) -> Tensor | None:
+        """[T] or [B,T] positions, given or counted by the mask; None where they go on behind the `past` cached ones, a known number."""
+        stays = isinstance(past, Tensor)
         if position_ids is not None:
             positions = position_ids[0] if position_ids.dim() == 2 and position_ids.shape[0] == 1 else position_ids
         elif attention_mask is not None:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+            counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            positions = counted[:, torch.arange(T, device=device) + past] if stays else counted[:, past:]
         else:
-            positions = None
+            positions = torch.arange(T, device=device) + past if stays else None
         limit = self.config.max_position_embeddings
-        if past + T > limit and (positions is None or int(positions.max()) >= limit):
+        if not stays and past + T > limit and (positions is None or int(positions.max()) >= limit):
             raise ValueError(
                 f"PaLMModel: {past + T} tokens, max_position_embeddings is {limit}: cut or split the input"
             )

@@ -280,7 +280,9 @@ def _check_weights(x: Tensor, norm_weight, w_in: Tensor, w_out: Tensor, H: int, 
 
 def blocks_serve(x: Tensor) -> bool:
     """Whether decode_blocks serves x [B,T,C]: few rows on the CPU, inference, no autocast, and nothing that watches or traces ops."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() != 3 or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or x.dim() != 3:
+        return False
+    if torch._C._len_torch_dispatch_stack():
         return False
     few = reads_once(x, x.shape[0] * x.shape[1])
     return few and served("parallel_block", "decode_blocks", x) and not torch.is_autocast_enabled("cpu")

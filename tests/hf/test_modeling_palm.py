@@ -1,7 +1,6 @@
 """transformers' own tests of a model, on ours: `make hf-tests TRANSFORMERS=CHECKOUT` puts the checkout's `tests` on the path."""
 
 import unittest
-from unittest import mock
 
 import pytest
 from transformers.models.auto import modeling_auto
@@ -87,38 +86,9 @@ class PaLMDecoderTest(Common, GenerationTesterMixin, unittest.TestCase):
     attention = "causal"
     all_model_classes = (PaLMModel, PaLMForCausalLM, PaLMForTokenClassification, PaLMForSequenceClassification)
 
-    def setUp(self):
-        super().setUp()
-        # the tests of static caches are asked for by this; nothing is compiled on a CPU unless a test forces it
-        self.patch(PaLMForCausalLM, "_can_compile_fullgraph", True)
-
-    def patch(self, owner, name, value):
-        patched = mock.patch.object(owner, name, value)
-        patched.start()
-        self.addCleanup(patched.stop)
-
     def test_left_padding_compatibility(self):
         self.has_attentions = True  # it is left out where there are none
         super().test_left_padding_compatibility()
-
-    def make_caches(self):
-        """The test reads the cache of a plain forward; ours makes one only with use_cache=True."""
-        made = PaLMModel._cache
-        self.patch(PaLMModel, "_cache", lambda self, cache, use_cache: made(self, cache, use_cache is not False))
-
-    def test_generate_continue_from_past_key_values(self):
-        self.make_caches()
-        super().test_generate_continue_from_past_key_values()
-
-    def test_generate_continue_from_inputs_embeds(self):
-        self.make_caches()
-        super().test_generate_continue_from_inputs_embeds()
-
-    @unittest.skip("a mask [B,S] grows in each step, and forward reads the cache's length: `generate` runs uncompiled")
-    def test_generate_compile_model_forward_fullgraph(self):
-        pass
-
-    test_static_cache_no_recompile_with_smaller_length = test_generate_compile_model_forward_fullgraph
 
 
 class PaLMEncoderTest(Common, unittest.TestCase):
