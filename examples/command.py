@@ -85,7 +85,7 @@ def write_json(path: Path, values: dict) -> Path:
 
 
 def run(args: argparse.Namespace, work: Callable[[argparse.Namespace, Settings], object]) -> int:
-    """The exit status of a command line: work(args, settings) on --threads, its errors as one line and not a traceback."""
+    """The exit status of a command line: work(args, settings) on --threads, its errors as one line; `python -X dev` shows where from."""
     settings = Settings.of(args)
     torch.manual_seed(args.seed)
     if args.threads:
@@ -93,6 +93,8 @@ def run(args: argparse.Namespace, work: Callable[[argparse.Namespace, Settings],
     try:
         work(args, settings)
     except (OSError, ValueError, FloatingPointError) as error:  # CheckpointError and DataError are ValueErrors
+        if sys.flags.dev_mode:
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
