@@ -51,9 +51,12 @@ class Encoder:
         self.tokenizer, self.labels, self.limit, self.shorten = tokenizer, labels, limit, shorten
         self.class_of = {label: i for i, label in enumerate(labels)}
         self.known: dict[str, list[int]] = {}
+        # the characters of a word that can fill a row: what stands behind them is not even encoded
+        self.longest = limit * max(map(len, tokenizer.get_vocab())) if shorten else None
 
     def subwords(self, texts: list[str]) -> list[list[int]]:
         """The ids of each word; one that leaves nothing, such as the empty word, becomes the mask token, so that it can be tagged."""
+        texts = [text[: self.longest] for text in texts]
         new = list({text for text in texts if text not in self.known})
         if new:  # together: one by one costs six times as much
             ids = self.tokenizer(new, add_special_tokens=False)["input_ids"]
