@@ -3,7 +3,9 @@
 transformers asks two functions of an implementation: one makes the mask that all layers get, one is called by each layer.
 """
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -58,6 +60,20 @@ def _read(function: Callable, found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+@functools.cache
+def _asks_us(config: type) -> bool:
+    """Whether the models of a config let AttentionInterface compute attention; others ask for a mask and add it to their own scores.
+
+    They stand in the file beside the config's, know the table of implementations by its name, and claim to support SDPA or backends.
+    """
+    models = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
+    if models is None or ".configuration_" not in config.__module__:
+        return True  # nothing is known of them
+    flags = ("_supports_sdpa", "_supports_attention_backend")
+    classes = [x for x in vars(models).values() if isinstance(x, type)]
+    return hasattr(models, "ALL_ATTENTION_FUNCTIONS") and any(getattr(c, f, False) for c in classes for f in flags)
+
+
 def _starts(sequences_BT: Tensor) -> Tensor:
     """[[0, 0, 1], [0, 0, 0]] -> [0, 2, 3, 6]."""
     new_BT = torch.ones_like(sequences_BT, dtype=torch.bool)
@@ -74,23 +90,25 @@ def mask(
     mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
+    config=None,
     **_,
 ) -> Tensor:
     """The keys that are kept, bool [B,1,1,S], with a `Mask` as its attribute `palm`. For AttentionMaskInterface.
 
     A 4-D tensor passes unchanged through a model (2-D ones are taken for padding masks and made anew).
     """
+    if config is not None and not _asks_us(type(config)):
+        _refuse(f"what {type(config).__name__}'s models compute themselves", 'attn_implementation="eager"')
     found: dict[str, Any] = {"causal": True} if mask_function is None else _read(mask_function, {})
-    if stays := isinstance(q_offset, Tensor):
-        end, held = q_offset + q_length, kv_length
-    else:
-        end = held = min(kv_length, q_offset + q_length - kv_offset)
+    window, causal = found.get("left"), found.get("causal", False)
+    stays = causal and isinstance(q_offset, Tensor)
+    end = min(kv_length, q_offset + q_length - kv_offset) if causal and not stays else kv_length
+    held, end = end, q_offset + q_length if stays else end
     if attention_mask is None:
         keep = torch.ones(1, held, dtype=torch.bool, device=device)
     else:
         keep = attention_mask[:, kv_offset : kv_offset + held] != 0
         keep = F.pad(keep, (0, held - keep.shape[1]), value=True)
-    window, causal = found.get("left"), found.get("causal", False)
     if "both" in found:
         window = (found["both"], found["both"])
     elif window is not None and not causal:
@@ -137,6 +155,8 @@ def forward(
         key_bias = attention_mask[:, 0, 0] if said.padded else None
     else:
         _refuse(f"a mask of shape {list(attention_mask.shape)}")
+    if not said.causal and k.shape[1] > said.end:
+        _refuse("a cache under bidirectional attention", "is_decoder=True in the config, or use_cache=False")
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     few = said.causal and q.shape[1] * q.shape[2] <= DECODE_ROWS and not needs_grad
     lengths = None
