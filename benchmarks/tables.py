@@ -25,6 +25,8 @@ def _measured(row: dict, name: str) -> list[str]:
         return [r["status"], "-", "-", "-"]
     unit = {"flops": "GF/s", "bytes": "GB/s"}[row["limited_by"]]
     spread = f"{number(r['ms'])} ({number(r['p20'])}-{number(r['p80'])})"
+    if r["kind"] == "floor":  # a part of the op: the op's work over its time is no rate
+        return [spread, "-", "-", number(r["memory_mib"])]
     rate = f"{number(r['giga_per_second'])} {unit}"
     if tokens := row["work"]["tokens"]:
         rate += f", {number(1e3 * tokens / r['ms'])} tokens/s"
