@@ -595,6 +595,15 @@ def test_a_static_cache_and_its_mask():
                 model(ids, attention_mask=torch.ones(3, length), cache=cache)
 
 
+def test_one_token_behind_a_prefix_is_a_plain_step(monkeypatch):
+    model, (ids, mask, _) = build(**SHAPES["prefix"]), batch()
+    lengths = torch.tensor([13, 5, 0])
+    expected = model(ids, attention_mask=mask, prefix_lengths=lengths.clamp(max=12)).logits[:, -1]
+    steps = calls_of(monkeypatch, modeling, "decode_blocks")
+    same(decode(model, ids, mask, 1, prefix_lengths=lengths.clamp(max=12))[:, -1][:2], expected[:2])
+    assert len(steps) == 1
+
+
 def test_beams_through_a_cache():
     model, (ids, mask, _) = build(tie_word_embeddings=False, initializer_factor=3.0), batch()
     mask[-1] = 1

@@ -249,12 +249,12 @@ class PaLMModel(PaLMPreTrainedModel):
         cache = self._cache(cache, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         room = static_room(cache)
-        stays = isinstance(past, Tensor) and prefix_lengths is None and self._stays(past, room, T)
+        stays = isinstance(past, Tensor) and (prefix_lengths is None or T == 1) and self._stays(past, room, T)
         past = past if stays else int(past)
         attention_mask = self._check_mask(attention_mask, B, room if stays else past + T, T if stays else room)
         if cache is not None and self._says_nothing(attention_mask):
             attention_mask = None
-        mask = self._mask(attention_mask, strength, kappa, prefix_lengths, cached=stays or past > 0)
+        mask = self._mask(attention_mask, strength, kappa, prefix_lengths, T, cached=stays or past > 0)
         packed = None
         if cache is None and attention_mask is None and position_ids is not None:
             packed = self._packed(position_ids, mask, B, T)
@@ -417,7 +417,7 @@ class PaLMModel(PaLMPreTrainedModel):
             return False
         return bool(attention_mask.all())
 
-    def _mask(self, attention_mask, strength, kappa, prefix_lengths, cached) -> dict:
+    def _mask(self, attention_mask, strength, kappa, prefix_lengths, T, cached) -> dict:
         """The mask keywords of `parallel_block`."""
         mode, window = self.config.attention, self.config.sliding_window
         if prefix_lengths is not None and mode != "prefix":
@@ -431,12 +431,10 @@ class PaLMModel(PaLMPreTrainedModel):
             key_bias = soft_key_bias(strength, kappa)
             if attention_mask is not None:
                 key_bias = key_bias.masked_fill(~attention_mask, -torch.inf)
-        return {
-            "causal": mode != "bidirectional",
-            "key_bias": key_bias,
-            "window": window,
-            "prefix_lengths": None if prefix_lengths is None else prefix_lengths.to(torch.int32),
-        }
+        if prefix_lengths is not None:  # a single token is the last: it sees every key that is there, in the prefix or behind it
+            prefix_lengths = None if T == 1 else prefix_lengths.to(torch.int32)
+        causal = mode != "bidirectional"
+        return {"causal": causal, "key_bias": key_bias, "window": window, "prefix_lengths": prefix_lengths}
 
     @staticmethod
     def _packed(position_ids, mask, B, T):
