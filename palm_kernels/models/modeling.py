@@ -394,7 +394,8 @@ class PaLMModel(PaLMPreTrainedModel):
     def _check_mask(attention_mask, B, S, shortest=None) -> Tensor | None:
         """attention_mask as bool [B,S], or an error that says what would do.
 
-        shortest: a static cache's mask may also be as long as its room, and is cut; or where the room is S, any length from shortest on.
+        Over a static cache it may have another length, from `shortest` on: as long as the room it is cut to S, and where S is the room
+        it is made as long.
         """
         if attention_mask is None:
             return None
@@ -408,7 +409,8 @@ class PaLMModel(PaLMPreTrainedModel):
             raise ValueError(
                 f"PaLMModel: attention_mask has shape {[rows, length]}, need [B,S] = {[B, S]} (cached tokens included)"
             )
-        return F.pad(attention_mask != 0, (0, S - length), value=True)
+        keep = attention_mask != 0
+        return keep if length == S else F.pad(keep, (0, S - length), value=True)
 
     @staticmethod
     def _says_nothing(attention_mask) -> bool:
@@ -431,7 +433,7 @@ class PaLMModel(PaLMPreTrainedModel):
             key_bias = soft_key_bias(strength, kappa)
             if attention_mask is not None:
                 key_bias = key_bias.masked_fill(~attention_mask, -torch.inf)
-        if prefix_lengths is not None:  # a single token is the last: it sees every key that is there, in the prefix or behind it
+        if prefix_lengths is not None:  # a single token is the last, and sees every key that is there
             prefix_lengths = None if T == 1 else prefix_lengths.to(torch.int32)
         causal = mode != "bidirectional"
         return {"causal": causal, "key_bias": key_bias, "window": window, "prefix_lengths": prefix_lengths}
