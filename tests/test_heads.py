@@ -150,6 +150,16 @@ def test_text_classification_pipeline():
     assert found[1]["score"] == pytest.approx(model(**ids).logits.softmax(-1).max().item(), abs=1e-5)
 
 
+def test_fill_mask_pipeline():
+    tokenizer = PaLMTokenizer.train(["what a good day", "what a bad day"] * 20, 300)
+    model = build(PaLMForMaskedLM, vocab_size=len(tokenizer), attention="bidirectional")
+    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
+    found = fill("what a<mask> day", top_k=3, tokenizer_kwargs={"split_special_tokens": False})
+    before, after = tokenizer("what a")["input_ids"], tokenizer(" day")["input_ids"]
+    ids = torch.tensor([[*before, tokenizer.mask_token_id, *after]])
+    assert [f["token"] for f in found] == model(ids).logits[0, len(before)].topk(3).indices.tolist()
+
+
 def test_dropout_of_what_a_block_adds():
     model = build(PaLMForTokenClassification, residual_dropout=0.5, attention="bidirectional")
     ids = batch()[0]
