@@ -28,6 +28,7 @@ from palm_kernels.models import (
     PaLMForTokenClassification,
     PaLMModel,
     SharedPrefix,
+    decoding,
     generation,
     heads,
     modeling,
@@ -392,7 +393,7 @@ def test_static_cache_is_read_where_it_is(monkeypatch, grad):
     """No copy of it reaches the kernels, and what lies beyond the tokens is never read."""
     model, ids = build(), batch()[0]
     cache = StaticCache(config=model.config, max_cache_len=40)
-    steps, whole = (calls_of(monkeypatch, modeling, n) for n in ("decode_blocks", "attention"))
+    steps, whole = (calls_of(monkeypatch, decoding, n) for n in ("decode_blocks", "attention"))
     with torch.set_grad_enabled(grad):
         first = model(ids[:, :8], cache=cache).logits
         for layer in cache.layers:
@@ -434,7 +435,7 @@ def decode(model, ids, mask, tokens, **keywords):
 def test_decode_step_equals_the_reference(shape, dtype, tokens, monkeypatch):
     model, (ids, mask, _) = build(**SHAPES[shape]).to(dtype), batch()
     mask[-1] = 1
-    steps = calls_of(monkeypatch, modeling, "decode_blocks")
+    steps = calls_of(monkeypatch, decoding, "decode_blocks")
     products = calls_of(monkeypatch, heads, "decode_linear")
     ours = decode(model, ids, mask, tokens)
     assert len(steps) == len(products) == (3 * tokens <= 16)
@@ -447,7 +448,7 @@ def test_decode_step_equals_the_reference(shape, dtype, tokens, monkeypatch):
 def test_hooked_modules_are_called_in_a_decode_step(monkeypatch):
     model, (ids, mask, _) = build(), batch()
     plain = decode(model, ids, mask, 1)
-    steps = calls_of(monkeypatch, modeling, "decode_blocks")
+    steps = calls_of(monkeypatch, decoding, "decode_blocks")
     block = model.model.layers[1]
     for hooked in (block, block.norm, block.out_proj, model.model.norm, model.lm_head):
         called = []
@@ -467,7 +468,7 @@ def test_hooked_modules_are_called_in_a_decode_step(monkeypatch):
 
 def test_no_short_cut_with_grad_or_autocast(monkeypatch):
     model, (ids, mask, _) = build(), batch()
-    steps = calls_of(monkeypatch, modeling, "decode_blocks")
+    steps = calls_of(monkeypatch, decoding, "decode_blocks")
     products = calls_of(monkeypatch, heads, "decode_linear")
     cache = cache_of(model(ids[:, :12], use_cache=True))
     model(ids[:, 12:], cache=cache).logits.sum().backward()
@@ -493,7 +494,7 @@ def test_decode_step_on_strided_inputs_and_weights(monkeypatch):
         for block in model.model.layers:
             for linear in (block.in_proj, block.out_proj):
                 linear.weight = nn.Parameter(linear.weight.t().contiguous().t())
-        steps = calls_of(monkeypatch, modeling, "decode_blocks")
+        steps = calls_of(monkeypatch, decoding, "decode_blocks")
         cache = cache_of(model(inputs_embeds=embeds[:, :-1], use_cache=True))
         strided = embeds[:, -1:].transpose(0, 2).contiguous().transpose(0, 2)
         assert strided.stride(-1) != 1
@@ -523,7 +524,7 @@ def test_one_token_after_another(kind, window, padded, monkeypatch):
         "dynamic": lambda: DynamicCache(config=config),
         "static": lambda: StaticCache(config=config, max_cache_len=longest),
     }[kind]()
-    steps = calls_of(monkeypatch, modeling, "decode_blocks")
+    steps = calls_of(monkeypatch, decoding, "decode_blocks")
     with torch.no_grad():
         found = [
             model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache).logits for t in range(ids.shape[1])
@@ -599,7 +600,7 @@ def test_one_token_behind_a_prefix_is_a_plain_step(monkeypatch):
     model, (ids, mask, _) = build(**SHAPES["prefix"]), batch()
     lengths = torch.tensor([13, 5, 0])
     expected = model(ids, attention_mask=mask, prefix_lengths=lengths.clamp(max=12)).logits[:, -1]
-    steps = calls_of(monkeypatch, modeling, "decode_blocks")
+    steps = calls_of(monkeypatch, decoding, "decode_blocks")
     same(decode(model, ids, mask, 1, prefix_lengths=lengths.clamp(max=12))[:, -1][:2], expected[:2])
     assert len(steps) == 1
 

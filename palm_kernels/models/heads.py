@@ -21,7 +21,8 @@ from ..nn import why_not_plain
 from ..ops.cross_entropy import cross_entropy, linear_cross_entropy
 from ..ops.decode_linear import decode_linear, reads_once
 from .configuration import PaLMConfig
-from .modeling import _CACHE, PaLMModel, PaLMPreTrainedModel, static_room
+from .decoding import static_room
+from .modeling import _CACHE, PaLMModel, PaLMPreTrainedModel
 
 
 def _product(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -10,34 +10,21 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from ..nn import (
-    LayerNorm,
-    ParallelBlock,
-    RMSNorm,
-    RotaryEmbedding,
-    fan_in_init_,
-    sequence_bounds,
-    why_called,
-    why_not_plain,
-)
-from ..ops.attention import DECODE_ROWS, attention, attention_decode, attention_varlen
-from ..ops.parallel_block import blocks_serve, decode_blocks
+from ..nn import LayerNorm, ParallelBlock, RMSNorm, RotaryEmbedding, fan_in_init_, sequence_bounds, why_not_plain
+from ..ops.attention import attention_varlen
 from ..ops.soft_weak_embedding import soft_weak_embedding
 from .configuration import PaLMConfig
-from .generation import SharedPrefix, attend_shared
+from .decoding import attends, decode_step, length_stays, static_room
 
 _LOG = logging.get_logger(__name__)
 # transformers renamed this output from past_key_values to cache
 _CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
-# layers of a cache whose update gives back what they store
-STORED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
 
 
 class PaLMBlock(GradientCheckpointingLayer, ParallelBlock):
@@ -62,71 +49,6 @@ def _attend_packed(q, k, v, *, starts, causal, window, key_bias):
     q_, k_, v_ = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     out = attention_varlen(q_, k_, v_, starts, starts, causal=causal, window=window, key_bias=flat_bias)
     return out.view(q.shape)  # type: ignore
-
-
-def _additive(keep: Tensor | None, x: Tensor) -> Tensor | None:
-    """key_bias as numbers: 0 where a bool one is true, -inf where not."""
-    if keep is None or keep.dtype != torch.bool:
-        return keep
-    zeros = torch.zeros(keep.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=keep.device)
-    return zeros.masked_fill(~keep, -torch.inf)
-
-
-def _attend_cached(q, k, v, *, cache, layer, few, total, lengths, key_bias, window, prefix_lengths):
-    """Attention of new tokens to all that the cache then holds of `total`; few: by attention_decode. Its tensors are [B,K,S,D].
-
-    total is a tensor where a static cache's length stays on its device (`_stays`): the whole room is given then, and `lengths` say.
-    """
-    k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if isinstance(cache, SharedPrefix):
-        own_bias = None if key_bias is None else key_bias[:, cache.prefix_length :]
-        return attend_shared(q, k, v, cache.prefix[layer], own_bias)
-    dropped = 0 if isinstance(total, Tensor) else total - k.shape[1]
-    if dropped < 0:  # a static cache has room for more
-        k, v = k[:, :total], v[:, :total]
-    elif dropped > 0:  # a sliding cache has let its oldest keys go
-        lengths = lengths - dropped
-        key_bias = None if key_bias is None else key_bias[:, dropped:]
-    if few:
-        return attention_decode(q, k, v, cache_lengths=lengths, key_bias=key_bias, window=window)
-    if prefix_lengths is not None:
-        prefix_lengths = prefix_lengths - max(dropped, 0)
-    return attention(q, k, v, causal=True, key_bias=key_bias, window=window, prefix_lengths=prefix_lengths)
-
-
-def _weights(blocks, norm: nn.Module, x: Tensor) -> tuple[list[Tensor], ...] | None:
-    """What decode_blocks takes of the blocks and the norm behind them, or None where one of them is more than its plain kind."""
-    if nn.modules.module._has_any_global_hook():
-        return None
-    norms, w_in, w_out = [], [], []
-    for block in blocks:
-        if why_called("", block, PaLMBlock) or block.why_composed(x):
-            return None
-        children = block._modules  # the way through nn.Module.__getattr__ is felt in a decode step
-        for name, found in (("norm", norms), ("in_proj", w_in), ("out_proj", w_out)):
-            found.append(children[name]._parameters["weight"])
-    if why_not_plain("", norm, type(blocks[0].norm), x):
-        return None
-    return [*norms, norm.weight], w_in, w_out
-
-
-def _room(cache, layers: int, total: int, x: Tensor, shape: tuple[int, ...]):
-    """The cache's tensors [B,K,S,D] by layer, holding `total` tokens, the last of them zeros of `shape` [B,K,T,D]: (keys, values)."""
-    grown = [layer for layer in cache.layers if type(layer) is StaticLayer and layer.is_initialized]
-    if len(grown) == layers:  # what `update` does, less the copying
-        if total > (room := grown[0].max_cache_len):
-            raise ValueError(f"PaLMModel: {total} tokens, the static cache has room for {room}: make it longer")
-        torch._foreach_add_([layer.cumulative_length for layer in grown], shape[2])  # type: ignore
-        return [layer.keys for layer in grown], [layer.values for layer in grown]
-    new = x.new_zeros(shape)
-    return tuple(zip(*(cache.update(new, new, i) for i in range(layers)), strict=True))
-
-
-def static_room(cache) -> int | None:
-    """The tokens that a static cache has room for; None for every other cache."""
-    layers = getattr(cache, "layers", ())
-    return layers[0].max_cache_len if layers and all(type(layer) is StaticLayer for layer in layers) else None
 
 
 class PaLMPreTrainedModel(PreTrainedModel):
@@ -249,7 +171,7 @@ class PaLMModel(PaLMPreTrainedModel):
         cache = self._cache(cache, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         room = static_room(cache)
-        stays = isinstance(past, Tensor) and (prefix_lengths is None or T == 1) and self._stays(past, room, T)
+        stays = isinstance(past, Tensor) and self._stays(past, room, T, prefix_lengths)
         past = past if stays else int(past)
         attention_mask = self._check_mask(attention_mask, B, room if stays else past + T, T if stays else room)
         if cache is not None and self._says_nothing(attention_mask):
@@ -262,12 +184,12 @@ class PaLMModel(PaLMPreTrainedModel):
         want_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x_BTC] if want_states else []
         hidden_BTC = None
-        if cache is not None and not stays and not want_states:
-            hidden_BTC = self._step(x_BTC, cache, past + T, mask, positions)
+        if cache is not None and not isinstance(past, Tensor) and not want_states:
+            hidden_BTC = decode_step(self, PaLMBlock, x_BTC, cache, past + T, mask, positions)
         if hidden_BTC is None:
             if positions is None and past:
                 positions = torch.arange(T, device=x_BTC.device) + past
-            cached = None if cache is None else self._cached(cache, past + T, mask, x_BTC)
+            cached = None if cache is None else attends(cache, past + T, mask, x_BTC, self.config.num_attention_heads)
             cos, sin = self.rotary.cos, self.rotary.sin
             for i, layer in enumerate(self.layers):
                 attend = packed if cached is None else cached(i)
@@ -332,63 +254,10 @@ class PaLMModel(PaLMPreTrainedModel):
             return None
         return DynamicCache(config=self.config) if cache is None else cache
 
-    def _step(self, x_BTC, cache, total, mask, positions) -> Tensor | None:
-        """x_BTC through blocks and norm by decode_blocks, and into a cache that then holds `total`; None where something forbids it."""
-        (B, T, _), layers = x_BTC.shape, cache.layers
-        block: PaLMBlock = self.layers[0]  # type: ignore
-        few = block.heads * T <= DECODE_ROWS and mask["prefix_lengths"] is None and blocks_serve(x_BTC)
-        if not few or type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
-            return None
-        made = len(layers) == len(self.layers) or (not layers and cache.layer_class_to_replicate in STORED)
-        if not made or any(type(layer) not in STORED for layer in layers):
-            return None
-        if (weights := _weights(self.layers, self.norm, x_BTC)) is None:
-            return None
-        shape = (B, block.kv_heads, T, block.head_dim)
-        keys, values = _room(cache, len(self.layers), total, x_BTC, shape)
-        room = keys[0].shape[2]  # type: ignore
-        held = min(total, room)  # a sliding cache has let its oldest keys go
-        key_bias = _additive(mask["key_bias"], x_BTC)
-        if key_bias is not None:
-            key_bias = F.pad(key_bias[:, total - held :], (0, room - held))
-        return decode_blocks(
-            *(x_BTC, weights, self.rotary.cos, self.rotary.sin, keys, values),
-            held,
-            heads=block.heads,
-            norm=block.norm_kind,
-            eps=block.norm.eps,
-            norm_offset=block.norm.offset,
-            window=mask["window"],
-            positions=positions,
-            start=total - T,
-            key_bias=key_bias,
-            interleaved=block.interleaved,
-        )
-
-    def _cached(self, cache, total, mask, x_BTC):
-        """The `attend` of T new tokens and a cache that will hold `total`, by layer; what all layers share is made once."""
-        B, T, _ = x_BTC.shape
-        if stays := isinstance(total, Tensor):
-            lengths = total.to(torch.int32).repeat(B)
-        else:
-            lengths = torch.full((B,), total, dtype=torch.int32, device=x_BTC.device)
-        few = stays or (self._few(T) and mask["prefix_lengths"] is None)
-        shared = {"few": few, "total": total, "lengths": lengths, "key_bias": _additive(mask["key_bias"], x_BTC)}
-        shared |= {"window": mask["window"], "prefix_lengths": mask["prefix_lengths"]}
-        return lambda layer: partial(_attend_cached, cache=cache, layer=layer, **shared)
-
-    def _few(self, T: int) -> bool:
-        """Whether T new tokens meet a cache by attention_decode."""
-        return self.config.num_attention_heads * T <= DECODE_ROWS and not torch.is_grad_enabled()
-
-    def _stays(self, past: Tensor, room: int | None, T: int) -> bool:
-        """Whether the length of a static cache is left where it is: in compiled code, and where looking would wait for a GPU.
-
-        Nobody sees then whether the cache is full, or a position too large.
-        """
-        if room is None or room > self.config.max_position_embeddings or torch.is_grad_enabled():
-            return False
-        return torch.compiler.is_compiling() or (past.device.type != "cpu" and self._few(T))
+    def _stays(self, past: Tensor, room: int | None, T: int, prefix_lengths) -> bool:
+        """Whether nobody looks at the length of a static cache; not where it could hold more tokens than there are positions."""
+        served = room is not None and room <= self.config.max_position_embeddings and (prefix_lengths is None or T == 1)
+        return served and length_stays(past, T, self.config.num_attention_heads)
 
     @staticmethod
     def _check_mask(attention_mask, B, S, shortest=None) -> Tensor | None:
