@@ -39,6 +39,36 @@ FIELDS = {
     "pad_token_id": 0,
     "bos_token_id": 1,
 }
+SERVED = (  # never to be refused
+    *(
+        "llama",
+        "mistral",
+        "mixtral",
+        "gemma",
+        "gemma3_text",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "phi",
+        "phi3",
+        "olmo2",
+        "opt",
+    ),
+    *("gpt2", "gpt_neox", "gpt_bigcode", "stablelm", "starcoder2", "granite", "cohere", "cohere2", "smollm3", "biogpt"),
+    *(
+        "bert",
+        "roberta",
+        "electra",
+        "distilbert",
+        "modernbert",
+        "albert",
+        "bart",
+        "mbart",
+        "m2m_100",
+        "pegasus",
+        "whisper",
+    ),
+)
 MOST = 3e7  # parameters: some configs cannot be made small by these fields
 
 
@@ -64,9 +94,7 @@ def pair(kind, family):
         theirs = model._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
         for p in theirs.parameters():
             torch.nn.init.normal_(p, std=0.2 if p.dim() > 1 else 1.0)
-    except (
-        Exception
-    ) as error:  # configs that contradict themselves, libraries that are not there: not this test's matter
+    except Exception as error:  # a config that contradicts itself, a library that is not there
         pytest.skip(f"{type(error).__name__}: {error}"[:120])
     try:
         ours = model._from_config(copy.deepcopy(config), attn_implementation="palm_kernels").eval()
@@ -100,17 +128,17 @@ def test_equal_or_refused(kind, family):
     try:
         found = told(ours, inputs, keep)
     except NotImplementedError as error:
-        assert "attn_implementation=" in str(error) or "backend" in str(error)
+        assert family not in SERVED and ("attn_implementation=" in str(error) or "backend" in str(error))
         return
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
     if kind == "causal":
         prompt = {"input_ids": ids[:2, :9], "attention_mask": mask[:2, :9], "max_new_tokens": 6, "do_sample": False}
         for cache in ("dynamic", "static"):
-            same_tokens(theirs, ours, {**prompt, "cache_implementation": cache, "disable_compile": True})
+            same_tokens(family, theirs, ours, {**prompt, "cache_implementation": cache, "disable_compile": True})
 
 
-def same_tokens(theirs, ours, keywords):
+def same_tokens(family, theirs, ours, keywords):
     for model in (theirs, ours):
         model.generation_config.eos_token_id = None
     try:
@@ -120,4 +148,4 @@ def same_tokens(theirs, ours, keywords):
     try:
         assert torch.equal(ours.generate(**keywords), expected)
     except NotImplementedError as error:
-        assert "palm_kernels" in str(error)
+        assert family not in SERVED and "palm_kernels" in str(error)

@@ -287,6 +287,14 @@ def test_cut_spares_entities_and_refuses_long_words():
         encoder.rows(data.Sentence(["a", "long"], ["O", "O"], "x.txt:3"))
 
 
+def test_of_a_huge_word_only_what_fills_a_row_is_encoded(tokenizer):
+    encoder, seen = batches.Encoder(tokenizer, LABELS, 16, shorten=True), []
+    encoder.tokenizer = lambda words, **keywords: seen.extend(words) or tokenizer(words, **keywords)
+    (row,) = encoder.rows(data.Sentence(["ab" * 100_000], ["O"]))
+    assert row.ids == tokenizer(" " + "ab" * 500, add_special_tokens=False)["input_ids"][:16]
+    assert [len(word) for word in seen] == [16 * max(map(len, tokenizer.get_vocab()))]
+
+
 def test_long_sentences_are_tagged_in_windows_that_overlap(tokenizer):
     encoder = batches.Encoder(tokenizer, LABELS, 40)
     words = [f"w{i}" for i in range(60)]

@@ -5,6 +5,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,6 +321,13 @@ def test_bad_files_end_with_one_line(script, text, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path}") and error.count("\n") == 1
     assert re.search(message, error), error
+
+
+def test_python_in_development_mode_shows_where_an_error_is_from(tmp_path, monkeypatch):
+    flags = {name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] != "_"}
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(**flags | {"dev_mode": True}))
+    with pytest.raises(ValueError, match="nowhere"):
+        classify.main([*TINY, "--data", "nowhere.jsonl", "--out", str(tmp_path / "out")])
 
 
 def test_bad_labels_rows_and_folders(tmp_path, capsys):

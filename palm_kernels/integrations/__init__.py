@@ -101,9 +101,12 @@ def mask(
         _refuse(f"what {type(config).__name__}'s models compute themselves", 'attn_implementation="eager"')
     found: dict[str, Any] = {"causal": True} if mask_function is None else _read(mask_function, {})
     window, causal = found.get("left"), found.get("causal", False)
-    stays = causal and isinstance(q_offset, Tensor)
-    end = min(kv_length, q_offset + q_length - kv_offset) if causal and not stays else kv_length
-    held, end = end, q_offset + q_length if stays else end
+    if not causal:  # cross-attention too, whose keys are another text's
+        end = held = kv_length
+    elif isinstance(q_offset, Tensor):
+        end, held = q_offset + q_length, kv_length
+    else:
+        end = held = min(kv_length, q_offset + q_length - kv_offset)
     if attention_mask is None:
         keep = torch.ones(1, held, dtype=torch.bool, device=device)
     else:
@@ -115,7 +118,7 @@ def mask(
         window = (window - 1, -1)
     starts = _starts(found["sequences"].expand(batch_size, -1)) if "sequences" in found else None
     out = keep[:, None, None]
-    padded = attention_mask is not None and (stays or not bool(keep.all()))
+    padded = attention_mask is not None and (isinstance(end, Tensor) or not bool(keep.all()))
     out.palm = Mask(causal, window, end, starts, padded)  # type: ignore
     return out
 

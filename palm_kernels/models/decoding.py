@@ -118,7 +118,7 @@ def decode_step(trunk, kind: type, x_BTC: Tensor, cache, total: int, mask: dict,
     """
     (B, T, _), layers = x_BTC.shape, cache.layers
     block = trunk.layers[0]
-    few = block.heads * T <= DECODE_ROWS and mask["prefix_lengths"] is None and blocks_serve(x_BTC)
+    few = _few(block.heads, T) and mask["prefix_lengths"] is None and blocks_serve(x_BTC)
     if not few or type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         return None
     made = len(layers) == len(trunk.layers) or (not layers and cache.layer_class_to_replicate in STORED)

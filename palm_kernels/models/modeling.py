@@ -165,10 +165,7 @@ class PaLMModel(PaLMPreTrainedModel):
         cache = past_key_values if cache is None else cache
         x_BTC = self._embed(input_ids, inputs_embeds, strength, source_ids)
         B, T, _ = x_BTC.shape
-        if use_cache is None:
-            maybe_packed = position_ids is not None and attention_mask is None
-            use_cache = self.config.use_cache and self._may_cache() and not maybe_packed
-        cache = self._cache(cache, use_cache)
+        cache = self._cache(cache, use_cache, maybe_packed=position_ids is not None and attention_mask is None)
         past = 0 if cache is None else cache.get_seq_length()
         room = static_room(cache)
         stays = isinstance(past, Tensor) and self._stays(past, room, T, prefix_lengths)
@@ -238,11 +235,13 @@ class PaLMModel(PaLMPreTrainedModel):
                 f"PaLMModel: ids from {low} to {high}, vocab_size is {self.config.vocab_size}: the tokenizer has another vocabulary"
             ) from error
 
-    def _may_cache(self) -> bool:
-        return not self.training and not torch.is_grad_enabled() and self.config.attention != "bidirectional"
-
-    def _cache(self, cache, use_cache: bool):
-        """The cache to fill: the given one, a new one if asked for, else None."""
+    def _cache(self, cache, use_cache: bool | None, maybe_packed: bool):
+        """The cache to fill: the given one, a new one if asked for (None: if the config does and nothing is lost by it), else None."""
+        if use_cache is None:
+            learns = self.training or torch.is_grad_enabled()
+            use_cache = self.config.use_cache and not (
+                learns or maybe_packed or self.config.attention == "bidirectional"
+            )
         if cache is None and not use_cache:
             return None
         if self.config.attention == "bidirectional":
